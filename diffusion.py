@@ -1,0 +1,450 @@
+"""Diffusion: schedules, losses, classifier-free guidance and samplers.
+
+Data x_0 is hidden in normal noise eps, a network learns to tell the noise, and a sampler uses it to walk back:
+
+    x_t = alpha(t) x_0 + sigma(t) eps,   alpha^2 + sigma^2 = 1,   t from 0 (data) to 1 (noise)      Schedule.alpha_sigma
+    minimise |network(x_t, t, y) - eps|^2 over t and eps                                            Schedule.loss
+    x <- a little less noisy x, in `steps` steps from t = 1 down to 0                               SAMPLERS
+
+    schedule = SCHEDULES["vp"]()
+    loss = schedule.loss(model, x0, y).mean()                               # one training step's loss
+    denoise = guide(model, schedule, y, null=10, w=1.5)                     # (x, t) -> the network's output
+    x0 = SAMPLERS["dpm_solver"](denoise, schedule, x_T, steps=50)           # noise in, images out
+
+Time is a float in [0, 1] everywhere; step n of N of a discrete schedule is t = n / N. What a network is fed instead
+(999 t, n, or n - 1) is `schedule.model_time(t)`. Times and coefficients are float64, images keep their type. A denoiser is
+any function (x, t) -> noise of x's shape, or (N, 2C, ...) where the last C channels give a learned variance.
+
+Sources: VP and its SDE: Song et al., arXiv:2011.13456. DDPM: Ho et al., arXiv:2006.11239. Learned variance and respacing:
+Nichol & Dhariwal, arXiv:2102.09672. DDIM: Song et al., arXiv:2010.02502. Guidance: Ho & Salimans, arXiv:2207.12598.
+DPM-Solver and DPM-Solver++: Lu et al., arXiv:2206.00927 and arXiv:2211.01095. test_all.py compares every one with
+trajectories of the released code of U-ViT and DiT.
+"""
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: how fast the signal fades
+
+
+class Schedule:
+    """What every schedule shares. One needs only log alpha(t), its inverse and its derivative, and the network's time.
+
+    Times t may be floats or tensors of any shape and device; answers are float64 tensors of t's shape and device.
+    """
+
+    t_min = 1e-4      # the last time of the DPM-Solvers: at t = 0 the log-SNR is infinite
+
+    def log_alpha(self, t):
+        raise NotImplementedError
+
+    def time_of_log_alpha(self, log_alpha):
+        """The inverse of log_alpha: the time t at which log alpha(t) has this value."""
+        raise NotImplementedError
+
+    def beta(self, t):
+        """Rate of the forward process dx = -beta/2 x dt + sqrt(beta) dw, that is -2 d log alpha / dt."""
+        raise NotImplementedError
+
+    def model_time(self, t):
+        """The time that the network is fed for t."""
+        raise NotImplementedError
+
+    def training_time(self, u):
+        """Uniform numbers u in [0, 1) -> the times to train at."""
+        return u
+
+    def times(self, steps):
+        """`steps` evenly spaced times, descending from 1, at which the ancestral sampler and DDIM call the network."""
+        return torch.linspace(1, 1e-3, steps, dtype=torch.float64)
+
+    def alpha_sigma(self, t):
+        """(alpha, sigma) at t. sigma from expm1: 1 - alpha^2 would lose all digits near t = 0."""
+        log_alpha = self.log_alpha(t)
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def half_log_snr(self, t):
+        """lambda(t) = log(alpha / sigma), the time in which DPM-Solver takes its steps."""
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha.log() - sigma.log()
+
+    def time(self, half_log_snr):
+        """The inverse of half_log_snr."""
+        return self.time_of_log_alpha(-0.5 * torch.nn.functional.softplus(-2 * float64(half_log_snr)))
+
+    def loss(self, model, x0, y=None, t=None, noise=None):
+        """Loss of each image, (N,): the mean squared error of the predicted noise (DDPM, equation 14).
+
+        model   (x_t, network time (N,), y) -> (N, C, H, W); or (N, 2C, H, W), whose second half is a learned variance,
+                and then the variational bound that trains it is added (schedule "ddpm" only)
+        x0      (N, C, H, W), scaled to [-1, 1] or to unit variance;  y: labels or text features, passed on to the model
+        t       (N,) in [0, 1], drawn uniformly where not given;  noise: like x0, drawn where not given
+        """
+        if t is None:
+            t = self.training_time(torch.rand(len(x0), device=x0.device, dtype=torch.float64))
+        if noise is None:
+            noise = torch.randn_like(x0)
+        alpha, sigma = (per_image(a, x0) for a in self.alpha_sigma(t))
+        x_t = alpha * x0 + sigma * noise                                    # (N, C, H, W)
+        out = model(x_t, self.model_time(t).to(x0.dtype), y).to(x0.dtype)   # the loss is not taken in bf16
+        eps, v = split(out, x0)
+        loss = (eps - noise).square().flatten(1).mean(1)                    # (N,)
+        if v is not None:
+            loss = loss + self.variational_bound(x0, x_t, t, eps.detach(), v)
+        return loss
+
+    def variational_bound(self, x0, x_t, t, eps, v):
+        raise ValueError(f"schedule {type(self).__name__} trains no variance: build the model with learn_sigma=False")
+
+    def posterior(self, s, t):
+        """q(x_s | x_t, x_0) for s < t is normal with mean c0 x_0 + ct x_t. Returns c0, ct and its variance's bounds.
+
+        The variance is `low` (beta~) if x_0 is a point and `high` (beta) if x_0 is unit normal; a learned variance lies
+        between them (DDPM, equations 6 and 7, for any pair of times).
+        """
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self.alpha_sigma(s), self.alpha_sigma(t)
+        high = -torch.expm1(2 * (self.log_alpha(t) - self.log_alpha(s)))
+        low = high * (sigma_s / sigma_t) ** 2
+        return alpha_s * high / sigma_t**2, alpha_t / alpha_s * (sigma_s / sigma_t) ** 2, low, high
+
+
+class VP(Schedule):
+    """Variance-preserving SDE, beta(t) = 0.1 + 19.9 t: U-ViT on pixels. The network sees 999 t."""
+
+    beta_0, beta_1 = 0.1, 20.0
+
+    def log_alpha(self, t):
+        t = float64(t)
+        return -0.5 * (self.beta_0 * t + (self.beta_1 - self.beta_0) * t**2 / 2)
+
+    def time_of_log_alpha(self, log_alpha):
+        integral = -2 * float64(log_alpha)                                  # of beta from 0 to t, a quadratic in t
+        return 2 * integral / (self.beta_0 + (self.beta_0**2 + 2 * (self.beta_1 - self.beta_0) * integral).sqrt())
+
+    def beta(self, t):
+        return self.beta_0 + (self.beta_1 - self.beta_0) * float64(t)
+
+    def model_time(self, t):
+        return 999 * float64(t)
+
+
+class Discrete(Schedule):
+    """N steps with given betas: alpha(n/N)^2 = product of (1 - beta_i) for i = 1..n, and log alpha linear in between."""
+
+    def __init__(self, betas):
+        self.steps, self.t_min = len(betas), 1 / len(betas)
+        self.tables = {torch.device("cpu"): torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0) / 2])}
+
+    def table(self, device):
+        """log alpha at t = 0, 1/N, .. 1, float64 (N + 1,), copied to each device once."""
+        if device not in self.tables:
+            self.tables[device] = self.tables[torch.device("cpu")].to(device)
+        return self.tables[device]
+
+    def segment(self, t):
+        """The interval of the table that holds t: its lower index, and how far t lies into it (0 to 1)."""
+        position = float64(t) * self.steps
+        index = position.floor().clamp(0, self.steps - 1)
+        return index.long(), position - index
+
+    def log_alpha(self, t):
+        index, fraction = self.segment(t)
+        table = self.table(index.device)
+        return torch.lerp(table[index], table[index + 1], fraction)
+
+    def time_of_log_alpha(self, log_alpha):
+        log_alpha = float64(log_alpha)
+        table = self.table(log_alpha.device)
+        index = torch.searchsorted(-table, -log_alpha.contiguous()).clamp(1, self.steps) - 1
+        return (index + (log_alpha - table[index]) / (table[index + 1] - table[index])) / self.steps
+
+    def beta(self, t):
+        index, _ = self.segment(t)
+        table = self.table(index.device)
+        return 2 * self.steps * (table[index] - table[index + 1])
+
+    def model_time(self, t):
+        return self.steps * float64(t)
+
+    def training_time(self, u):
+        return ((u * self.steps).floor() + 1) / self.steps
+
+    def times(self, steps):
+        if not 1 <= steps <= self.steps:
+            raise ValueError(f"{steps} sampling steps: this schedule has 1 to {self.steps}")
+        return (torch.linspace(self.steps - 1, 0, steps, dtype=torch.float64).round() + 1) / self.steps
+
+
+class SD(Discrete):
+    """Stable Diffusion's 1000 betas, linear in their square roots: U-ViT on latents. The network sees n in 1..1000."""
+
+    def __init__(self):
+        super().__init__(torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2)
+
+
+class DDPM(Discrete):
+    """1000 linear betas from 1e-4 to 0.02: DiT and U-DiT, with learned variance. The network sees n - 1 in 0..999."""
+
+    def __init__(self):
+        super().__init__(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+
+    def model_time(self, t):
+        return self.steps * float64(t) - 1
+
+    def variational_bound(self, x0, x_t, t, eps, v):
+        """The bound's term at t, (N,), in bits per number (Nichol & Dhariwal, section 3.1): it trains v, not eps.
+
+        At n > 1 it is KL(q(x_{n-1} | x_n, x_0) | p(x_{n-1} | x_n)) of two normals, at n = 1 the likelihood of 8-bit data.
+        """
+        n = (t * self.steps).round()
+        c0, ct, _, high = (per_image(a, x0) for a in self.posterior((n - 1) / self.steps, n / self.steps))
+        # At n = 1 the posterior is a point: its variance is replaced by that of n = 2, as in the released code.
+        later = n.clamp(min=2)
+        low = per_image(self.posterior((later - 1) / self.steps, later / self.steps)[2], x0).log()
+        log_variance = interpolate_variance(v, low, high.log())
+        alpha, sigma = (per_image(a, x0) for a in self.alpha_sigma(n / self.steps))
+        predicted_x0 = (x_t - sigma * eps) / alpha
+        distance = (c0 * (x0 - predicted_x0)).square()
+        kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + distance * (-log_variance).exp())
+        likelihood = -log_likelihood_8bit(x0, c0 * predicted_x0 + ct * x_t, 0.5 * log_variance)
+        bound = torch.where(per_image(n, x0) == 1, likelihood, kl)
+        return bound.flatten(1).mean(1) / math.log(2)
+
+
+SCHEDULES = {"vp": VP, "sd": SD, "ddpm": DDPM}
+
+
+def float64(t):
+    return torch.as_tensor(t, dtype=torch.float64)
+
+
+def per_image(a, x):
+    """(N,) numbers, one for each image, in x's type and ready to multiply x (N, C, H, W)."""
+    return a.to(x).view(-1, *[1] * (x.ndim - 1))
+
+
+def split(out, x):
+    """A network's output -> (noise like x, learned variance like x or None). Raises ValueError on other channels."""
+    channels = x.shape[1]
+    if out.shape[0] != x.shape[0] or out.shape[1] not in (channels, 2 * channels) or out.shape[2:] != x.shape[2:]:
+        raise ValueError(f"the model turned {tuple(x.shape)} into {tuple(out.shape)}: expected {channels} or {2 * channels} channels")
+    return out[:, :channels], out[:, channels:] if out.shape[1] > channels else None
+
+
+def interpolate_variance(v, log_low, log_high):
+    """Learned log variance: the network's v in [-1, 1] chooses between the two bounds."""
+    return log_low + (v + 1) / 2 * (log_high - log_low)
+
+
+def log_likelihood_8bit(x, mean, log_std):
+    """log P of 8-bit data x (k / 127.5 - 1) under a normal: the mass within half a grey level, open at black and white."""
+    def cdf(z):     # the released code's approximation of the normal's, kept to agree with it
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    upper = cdf((x - mean + 1 / 255) * (-log_std).exp())
+    lower = cdf((x - mean - 1 / 255) * (-log_std).exp())
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return mass.clamp(min=1e-12).log()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a network to a denoiser (x, t) -> output
+
+
+def guide(model, schedule, y=None, null=None, w=1.0, channels=None):
+    """A denoiser (x, t) -> output from a network and its condition, with classifier-free guidance.
+
+    eps = eps_u + w (eps_c - eps_u): w = 1 is none and costs no second pass; U-ViT's s is w - 1. Both halves run as one
+    batch. A learned variance is that of the conditional half.
+
+    y         labels (N,), text features (N, T, F), or None for an unconditional model
+    null      the null label (an int) or the empty text's features (T, F); needed where w is not 1
+    channels  guide only so many of the first channels (3 of 4 in DiT's release), all where None
+    Raises ValueError where w asks for guidance that y or null can not give.
+    """
+    if w != 1 and (y is None or null is None):
+        raise ValueError(f"guidance w = {w} needs a conditional model with a null {'label' if y is None else 'condition'}")
+
+    def denoise(x, t):
+        time = schedule.model_time(t).to(x).expand(len(x))                  # (N,)
+        if w == 1:
+            return model(x, time, y).to(x)
+        unconditional = torch.as_tensor(null, device=y.device, dtype=y.dtype).expand_as(y)
+        out = model(torch.cat([x, x]), torch.cat([time, time]), torch.cat([y, unconditional])).to(x)
+        conditional, unconditional = out.chunk(2)                           # each (N, C or 2C, H, W)
+        k = x.shape[1] if channels is None else channels
+        guided = torch.lerp(unconditional[:, :k], conditional[:, :k], w)
+        return torch.cat([guided, conditional[:, k:]], dim=1)
+
+    return denoise
+
+
+def clamp_x0(denoise, schedule, low=-1.0, high=1.0):
+    """The same denoiser with its estimate of x_0 limited to [low, high], for pixels and networks still young.
+
+    Near t = 1 that estimate divides by a tiny alpha, so small errors of the network become large ones in overall colour.
+    """
+    def clamped(x, t):
+        alpha, sigma = schedule.alpha_sigma(t)
+        out = denoise(x, t)
+        eps, _ = split(out, x)
+        x0 = ((x - sigma * eps) / alpha).clamp(low, high)
+        return torch.cat([(x - alpha * x0) / sigma, out[:, x.shape[1]:]], dim=1)
+
+    return clamped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers: (denoise, schedule, x, steps) -> images, from noise x at t = 1
+#
+# Each calls the denoiser `steps` times. `randn` draws fresh noise like its argument, for the samplers that add any;
+# `progress` shows a bar.
+
+
+def progress_bar(pairs, name, progress):
+    return tqdm(pairs, desc=name, unit="step", leave=False, disable=not progress)
+
+
+def euler(denoise, schedule, x, steps, randn=torch.randn_like, progress=False, level=1.0):
+    """Euler-Maruyama on the reverse SDE (level 1), or Euler on the probability-flow ODE (level 0), to t = 0.
+
+    dx = [-beta/2 x - (1 + level^2)/2 beta score] dt + level sqrt(beta) dw, score = -eps / sigma   (arXiv:2011.13456)
+    """
+    times = torch.cat([torch.linspace(1, 1e-3, steps, dtype=torch.float64), torch.zeros(1)])
+    for t, s in progress_bar(list(zip(times, times[1:])), "Euler", progress):
+        beta, (_, sigma) = schedule.beta(t), schedule.alpha_sigma(t)
+        eps, _ = split(denoise(x, t), x)
+        x = x + (s - t) * beta / 2 * ((1 + level**2) / sigma * eps - x)
+        if level and s > 0:
+            x = x + level * (beta * (t - s)).sqrt() * randn(x)
+    return x
+
+
+def ancestral(denoise, schedule, x, steps, randn=torch.randn_like, progress=False):
+    """DDPM's sampler: draw x_s from p(x_s | x_t) down a respaced chain. The variance is learned, or beta~ where it is not."""
+    times = torch.cat([schedule.times(steps), torch.zeros(1)])
+    for t, s in progress_bar(list(zip(times, times[1:])), "DDPM", progress):
+        alpha, sigma = schedule.alpha_sigma(t)
+        c0, ct, low, high = schedule.posterior(s, t)
+        eps, v = split(denoise(x, t), x)
+        x = c0 * (x - sigma * eps) / alpha + ct * x
+        if s > 0:
+            log_variance = low.log() if v is None else interpolate_variance(v, low.log(), high.log())
+            x = x + (0.5 * log_variance).exp() * randn(x)
+    return x
+
+
+def ddim(denoise, schedule, x, steps, randn=None, progress=False):
+    """DDIM with eta = 0: keep the predicted x_0 and eps, and mix them anew for the next time. Deterministic."""
+    times = torch.cat([schedule.times(steps), torch.zeros(1)])
+    for t, s in progress_bar(list(zip(times, times[1:])), "DDIM", progress):
+        (alpha, sigma), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+        eps, _ = split(denoise(x, t), x)
+        x = alpha_s * (x - sigma * eps) / alpha + sigma_s * eps
+    return x
+
+
+def dpm_solver(denoise, schedule, x, steps, randn=None, progress=False, data=False, grid="log_snr"):
+    """DPM-Solver, single-step, third order where it can ("fast"): `steps` evaluations in all, to t_min. Deterministic.
+
+    data  solve for the noise prediction (DPM-Solver) or the data prediction (DPM-Solver++, steadier under guidance)
+    grid  "log_snr": outer steps uniform in lambda, and inner points too. "time": `steps` intervals uniform in time, of
+          which an update of order k spans k
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} sampling steps: DPM-Solver needs at least 1")
+    # 3, 3, .. and what is left in one or two last steps, of low order: there is most curvature.
+    orders = [3] * (steps // 3 - 1) + [2, 1] if steps % 3 == 0 else [3] * (steps // 3) + [steps % 3]
+    ends = torch.tensor([1, schedule.t_min], dtype=torch.float64)
+    if grid == "log_snr":
+        outer = torch.linspace(*schedule.half_log_snr(ends).tolist(), len(orders) + 1, dtype=torch.float64)
+        nodes = [schedule.time(torch.linspace(a, b, k + 1, dtype=torch.float64))
+                 for a, b, k in zip(outer.tolist(), outer[1:].tolist(), orders)]
+    else:
+        times = torch.linspace(*ends.tolist(), steps + 1, dtype=torch.float64)
+        nodes = [times[end - k:end + 1] for k, end in zip(orders, np.cumsum(orders).tolist())]
+
+    def predict(x, t):
+        eps, _ = split(denoise(x, t), x)
+        if not data:
+            return eps
+        alpha, sigma = schedule.alpha_sigma(t)
+        return (x - sigma * eps) / alpha
+
+    with progress_bar(range(steps), "DPM-Solver++" if data else "DPM-Solver", progress) as bar:
+        for times in nodes:
+            x = dpm_step(predict, schedule, x, times, data)
+            bar.update(len(times) - 1)
+    return x
+
+
+def dpm_step(predict, schedule, x, times, data):
+    """One step from times[0] to times[-1], of order len(times) - 1, with an evaluation at each but the last.
+
+    In lambda the ODE is linear but for the prediction p(lambda). Solved exactly with p constant it gives, for noise,
+
+        x_t = alpha_t / alpha_s x - sigma_t (e^h - 1) p(lambda_s),   h = lambda_t - lambda_s
+
+    and higher orders add p's slope, from inner points. For data, alpha and sigma change places and h its sign: one code
+    serves both. (DPM-Solver, algorithms 1 and 2; DPM-Solver++, appendix A.)
+    """
+    alpha, sigma = schedule.alpha_sigma(times)
+    h = schedule.half_log_snr(times) - schedule.half_log_snr(times[0])
+    carry, other, h = (sigma, alpha, -h) if data else (alpha, sigma, h)
+
+    def first_order(i):
+        return carry[i] / carry[0] * x - other[i] * torch.expm1(h[i]) * p0
+
+    p0 = predict(x, times[0])
+    if len(times) == 2:
+        return first_order(1)
+    p1 = predict(first_order(1), times[1])
+    if len(times) == 3:
+        return first_order(2) - other[2] * torch.expm1(h[2]) * h[2] / (2 * h[1]) * (p1 - p0)
+    p2 = predict(first_order(2) - other[2] * (torch.expm1(h[2]) / h[2] - 1) * h[2] / h[1] * (p1 - p0), times[2])
+    return first_order(3) - other[3] * (torch.expm1(h[3]) / h[3] - 1) * h[3] / h[2] * (p2 - p0)
+
+
+SAMPLERS = {
+    "euler_maruyama": euler,
+    "euler_ode": partial(euler, level=0.0),
+    "dpm_solver": dpm_solver,
+    "dpm_solver++": partial(dpm_solver, data=True, grid="time"),
+    "ddpm": ancestral,
+    "ddim": ddim,
+}
+
+
+class ImageNoise:
+    """Normal noise for images that depends on (seed, image index) alone, not on batches, processes or the device.
+
+    noise = ImageNoise(seed, indices); each call noise(x) returns fresh numbers like x (len(indices), C, H, W).
+    """
+
+    def __init__(self, seed, indices):
+        self.generators = [np.random.default_rng([seed, int(i)]) for i in indices]
+
+    def __call__(self, x):
+        draws = [g.standard_normal(tuple(x.shape[1:]), dtype=np.float32) for g in self.generators]
+        return torch.from_numpy(np.stack(draws)).to(x)
+
+
+@torch.no_grad()
+def generate(model, schedule, shape, indices, y=None, null=None, *, sampler="dpm_solver", steps=50, w=1.0, channels=None,
+             clip=False, seed=0, device="cpu", progress=False):
+    """Sample the images with these indices: (len(indices), *shape) float32 on `device`.
+
+    shape is (C, H, W); y, null, w and channels are guide's; clip limits the predicted x_0 to [-1, 1].
+    Raises ValueError on an unknown sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
+    denoise = guide(model, schedule, y, null, w, channels)
+    noise = ImageNoise(seed, indices)
+    x = noise(torch.empty(len(indices), *shape, device=device))
+    return SAMPLERS[sampler](clamp_x0(denoise, schedule) if clip else denoise, schedule, x, steps, randn=noise, progress=progress)

@@ -1,0 +1,264 @@
+"""U-ViT: a Vision Transformer with long skip connections, as a diffusion backbone.
+
+    Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023, arXiv:2209.12152
+
+Everything is a token: the time, the condition (a class label or text features) and the image patches form one
+sequence. Half of the blocks remember their output, and the other half receives it back, last in, first out, as in a
+U-Net, so that low-level detail has a short way to the output:
+
+    x, t, y -> [t, y, patches] + positions
+                  in_block 0 ------------------------.
+                     in_block 1 ----------------.    |      depth / 2 in-blocks
+                        mid_block               |    |
+                     out_block 0  <- Linear(concat)  |      depth / 2 out-blocks
+                  out_block 1  <------- Linear(concat)
+            LayerNorm, Linear, unpatchify, 3x3 convolution -> noise, shaped like x
+
+    model = MODELS["uvit_s2"](image_size=32, in_channels=3)      # CIFAR10: 44.26 M parameters, 12.2 GMACs an image
+    noise = model(x, t)                                          # x (N, 3, 32, 32), t (N,) in network units (999 t for VP)
+
+This file needs torch alone and can be copied out. Names of parameters are those of the released checkpoints, which load
+with strict=True; test_all.py compares outputs with the released code (relative error below 1e-5).
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+def timestep_embedding(t, width):
+    """Sinusoidal embedding of time: t (N,) -> (N, width), float32.
+
+    [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i / (width / 2)) ("Attention is All You Need", section 3.5).
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000.0) / half))
+    angles = t.float()[:, None] * frequencies                               # (N, width / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def unpatchify(tokens, grid, patch_size):
+    """Lay patches back into an image: (N, H' * W', p * p * C) -> (N, C, H' * p, W' * p), grid = (H', W').
+
+    Within a token the numbers are ordered (row, column, channel); tokens are in row-major order.
+    """
+    (h, w), p = grid, patch_size
+    x = tokens.unflatten(1, (h, w)).unflatten(3, (p, p, -1))                # (N, H', W', p, p, C)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)          # (N, C, H' p, W' p)
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into p x p patches and map each to D numbers: (N, C, H, W) -> (N, H/p * W/p, D), row-major."""
+
+    def __init__(self, patch_size, in_channels, width):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (N, L, D) -> (N, L, D): softmax(q k^T / sqrt(D / H)) v for each of H heads.
+
+    The fused kernel never holds the L x L matrix, and runs in the type that autocast gave to q, k and v.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)                  # rows ordered (q k v, head, channel)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # each (N, H, L, D / H)
+        x = F.scaled_dot_product_attention(q, k, v)                         # (N, H, L, D / H)
+        return self.proj(x.transpose(1, 2).flatten(2))                      # (N, L, D)
+
+
+class MLP(nn.Module):
+    """Two Linear layers with an exact GELU between them, applied to each token: (N, L, D) -> (N, L, D)."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer block, x (N, L, D) -> (N, L, D).
+
+    skip: how a long skip joins the stream at the entrance of an out-block: "concat" (Linear of both side by side, the
+        paper's best), "add", or None for a block that receives none.
+    time: "token" leaves the norms plain; "adaln" scales and shifts them by a Linear function of the time embedding,
+        AdaLN(h, t) = (1 + scale(t)) LayerNorm(h) + shift(t).
+    """
+
+    def __init__(self, width, heads, mlp_ratio, skip=None, time="token"):
+        super().__init__()
+        affine = time == "token"
+        self.skip = skip
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=affine)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=affine)
+        self.mlp = MLP(width, int(mlp_ratio * width))
+        self.skip_linear = nn.Linear(2 * width, width) if skip == "concat" else None
+        self.modulation = None if affine else nn.Linear(width, 4 * width)
+
+    def forward(self, x, skip=None, time=None):
+        if self.skip == "concat":
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        elif self.skip == "add":
+            x = x + skip
+        if self.modulation is None:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        scale1, shift1, scale2, shift2 = self.modulation(time)[:, None].chunk(4, dim=-1)    # each (N, 1, D)
+        x = x + self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        return x + self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class UViT(nn.Module):
+    """The U-ViT network: predicts the noise in x_t, or whatever else it is trained to.
+
+    image_size    int, or (height, width), in pixels (or latent cells); each a multiple of patch_size
+    in_channels   C of input and output
+    patch_size    p: there are H/p * W/p image tokens
+    width         D, the length of a token
+    depth         in-blocks plus out-blocks, even; one mid block comes on top
+    heads         H; D must be a multiple of it
+    mlp_ratio     hidden width of the MLPs, over D
+    num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes), and one token
+    null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
+    text_dim      0: no text. Otherwise y is (N, text_tokens, text_dim) features, text_tokens tokens
+    conv          a last 3x3 convolution over the image, against seams between patches
+    skip          "concat", "add" or "none": the long skips (table 1 of the paper)
+    time          "token" or "adaln": how the network learns the time. GenViT, the paper's plain-ViT baseline, is
+                  skip="none", conv=False, time="adaln"
+    checkpoint    recompute every block's activations in the backward pass: less memory for a quarter more time
+
+    Raises ValueError where these do not fit together.
+    """
+
+    def __init__(self, image_size=32, in_channels=3, patch_size=2, width=512, depth=12, heads=8, mlp_ratio=4,
+                 num_classes=0, null_class=True, text_dim=0, text_tokens=77, conv=True, skip="concat", time="token",
+                 checkpoint=False):
+        super().__init__()
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        for wrong, message in [
+            (any(side < 1 or side % patch_size for side in self.image_size),
+             f"image_size {self.image_size} is not a multiple of patch_size {patch_size}"),
+            (width % heads or width % 2, f"width {width} is not a multiple of heads {heads} (and of 2)"),
+            (depth % 2, f"depth {depth} is odd: it counts as many in-blocks as out-blocks"),
+            (num_classes and text_dim, "num_classes and text_dim are both given: a model takes labels or text"),
+            (skip not in ("concat", "add", "none"), f"skip {skip!r} is none of 'concat', 'add', 'none'"),
+            (time not in ("token", "adaln"), f"time {time!r} is none of 'token', 'adaln'"),
+        ]:
+            if wrong:
+                raise ValueError(f"UViT: {message}")
+        self.in_channels, self.patch_size, self.width = in_channels, patch_size, width
+        self.label_rows = num_classes + null_class if num_classes else 0
+        self.text_shape = (text_tokens, text_dim) if text_dim else None
+        self.grid = tuple(side // patch_size for side in self.image_size)
+        self.time, self.checkpoint = time, checkpoint
+        self.extras = (time == "token") + bool(num_classes) + (text_tokens if text_dim else 0)
+
+        self.patch_embed = PatchEmbed(patch_size, in_channels, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + math.prod(self.grid), width))
+        self.label_emb = nn.Embedding(self.label_rows, width) if num_classes else None
+        self.context_embed = nn.Linear(text_dim, width) if text_dim else None
+
+        block = dict(width=width, heads=heads, mlp_ratio=mlp_ratio, time=time)
+        self.in_blocks = nn.ModuleList(Block(**block) for _ in range(depth // 2))
+        self.mid_block = Block(**block)
+        self.out_blocks = nn.ModuleList(Block(**block, skip=None if skip == "none" else skip) for _ in range(depth // 2))
+
+        self.norm = nn.LayerNorm(width)
+        self.decoder_pred = nn.Linear(width, patch_size**2 * in_channels)
+        self.final_layer = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1) if conv else nn.Identity()
+        self.initialise()
+
+    def initialise(self):
+        """Truncated normal (0.02) for positions and Linear layers, zero biases; the rest stays as PyTorch makes it."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x, t, y=None):
+        """x (N, C, H, W), t (N,) in network units, y None | (N,) int64 | (N, T, F) float -> (N, C, H, W).
+
+        Raises ValueError where a shape is not what the model was built for.
+        """
+        self.check(x, t, y)
+        time = timestep_embedding(t, self.width)                            # (N, D)
+        tokens = [self.patch_embed(x)]                                      # (N, H/p * W/p, D)
+        if self.text_shape:
+            tokens.insert(0, self.context_embed(y))                         # (N, T, D)
+        if self.time == "token":
+            tokens.insert(0, time[:, None])                                 # (N, 1, D)
+        if self.label_rows:
+            tokens.insert(0, self.label_emb(y)[:, None])                    # (N, 1, D)
+        x = torch.cat(tokens, dim=1) + self.pos_embed                       # (N, L, D)
+
+        skips = []
+        for block in self.in_blocks:
+            x = self.run(block, x, None, time)                              # (N, L, D)
+            skips.append(x)
+        x = self.run(self.mid_block, x, None, time)
+        for block in self.out_blocks:
+            x = self.run(block, x, skips.pop(), time)
+
+        x = self.decoder_pred(self.norm(x))                                 # (N, L, p * p * C)
+        x = unpatchify(x[:, self.extras:], self.grid, self.patch_size)      # (N, C, H, W)
+        return self.final_layer(x)
+
+    def run(self, block, *inputs):
+        """block(*inputs), or the same with its activations recomputed in the backward pass."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return recompute(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def check(self, x, t, y):
+        """Raise ValueError, in one line, where the inputs are not those of forward."""
+        n, expected = x.shape[0], (self.in_channels, *self.image_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"UViT: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
+        if tuple(t.shape) != (n,):
+            raise ValueError(f"UViT: t has shape {tuple(t.shape)}, expected ({n},): one time for each image")
+        if self.label_rows and (y is None or tuple(y.shape) != (n,) or y.is_floating_point()):
+            raise ValueError(f"UViT: y must be ({n},) integer labels in [0, {self.label_rows}), got {describe(y)}")
+        if self.text_shape and (y is None or tuple(y.shape) != (n, *self.text_shape)):
+            raise ValueError(f"UViT: y must be ({n}, {', '.join(map(str, self.text_shape))}) text features, got {describe(y)}")
+        if y is not None and not self.label_rows and not self.text_shape:
+            raise ValueError(f"UViT: the model is unconditional (num_classes=0, text_dim=0), but y is {describe(y)}")
+
+
+def describe(y):
+    return "none" if y is None else f"shape {tuple(y.shape)} of {y.dtype}"
+
+
+def preset(**size):
+    """A function of overrides that builds a UViT of this size; an argument that UViT does not know raises TypeError."""
+    return lambda **overrides: UViT(**{**size, **overrides})
+
+
+# Table 2 of the paper, with the released code's settings: name -> function(**overrides) -> UViT.
+MODELS = {
+    "uvit_tiny": preset(patch_size=4, width=192, depth=2, heads=4),         # learns data "shapes" on a laptop CPU
+    "uvit_s2": preset(patch_size=2, width=512, depth=12, heads=8),
+    "uvit_s2_deep": preset(patch_size=2, width=512, depth=16, heads=8),
+    "uvit_s4": preset(patch_size=4, width=512, depth=12, heads=8),
+    "uvit_m4": preset(patch_size=4, width=768, depth=16, heads=12),
+    "uvit_l2": preset(patch_size=2, width=1024, depth=20, heads=16),
+    "uvit_l4": preset(patch_size=4, width=1024, depth=20, heads=16),
+    "uvit_h2": preset(patch_size=2, width=1152, depth=28, heads=16, conv=False),
+    "uvit_h4": preset(patch_size=4, width=1152, depth=28, heads=16, conv=False),
+}
