@@ -15,7 +15,7 @@ U-Net, so that low-level detail has a short way to the output:
             LayerNorm, Linear, unpatchify, 3x3 convolution -> noise, shaped like x
 
     model = MODELS["uvit_s2"](image_size=32, in_channels=3)      # CIFAR10: 44.26 M parameters, 12.2 GMACs an image
-    noise = model(x, t)                                          # x (N, 3, 32, 32), t (N,) in network units (999 t for VP)
+    noise = model(x, t)                                          # x (N, 3, 32, 32), t (N,) the network's time, 999 t
 
 This file needs torch alone and can be copied out. Names of parameters are those of the released checkpoints, which load
 with strict=True; test_all.py compares outputs with the released code (relative error below 1e-5).
@@ -140,7 +140,7 @@ class UViT(nn.Module):
     skip          "concat", "add" or "none": the long skips (table 1 of the paper)
     time          "token" or "adaln": how the network learns the time. GenViT, the paper's plain-ViT baseline, is
                   skip="none", conv=False, time="adaln"
-    checkpoint    recompute every block's activations in the backward pass: less memory for a quarter more time
+    checkpoint    recompute every block's activations in the backward pass: less memory, more time
 
     Raises ValueError where these do not fit together.
     """
@@ -176,7 +176,8 @@ class UViT(nn.Module):
         block = dict(width=width, heads=heads, mlp_ratio=mlp_ratio, time=time)
         self.in_blocks = nn.ModuleList(Block(**block) for _ in range(depth // 2))
         self.mid_block = Block(**block)
-        self.out_blocks = nn.ModuleList(Block(**block, skip=None if skip == "none" else skip) for _ in range(depth // 2))
+        block["skip"] = None if skip == "none" else skip
+        self.out_blocks = nn.ModuleList(Block(**block) for _ in range(depth // 2))
 
         self.norm = nn.LayerNorm(width)
         self.decoder_pred = nn.Linear(width, patch_size**2 * in_channels)
@@ -236,7 +237,7 @@ class UViT(nn.Module):
         if self.label_rows and (y is None or tuple(y.shape) != (n,) or y.is_floating_point()):
             raise ValueError(f"UViT: y must be ({n},) integer labels in [0, {self.label_rows}), got {describe(y)}")
         if self.text_shape and (y is None or tuple(y.shape) != (n, *self.text_shape)):
-            raise ValueError(f"UViT: y must be ({n}, {', '.join(map(str, self.text_shape))}) text features, got {describe(y)}")
+            raise ValueError(f"UViT: y must be {(n, *self.text_shape)} text features, got {describe(y)}")
         if y is not None and not self.label_rows and not self.text_shape:
             raise ValueError(f"UViT: the model is unconditional (num_classes=0, text_dim=0), but y is {describe(y)}")
 

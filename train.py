@@ -1,0 +1,460 @@
+"""Train a diffusion transformer: one loop, on a CPU, one GPU, or many under torchrun.
+
+    python train.py --model uvit_tiny --data shapes                         # a laptop, minutes, no download
+    torchrun --nproc_per_node=8 train.py --model uvit_s2 --data cifar10     # the paper's recipe
+    torchrun --nproc_per_node=8 train.py --model uvit_s4 --data photos/     # your images
+
+Every default is the paper's recipe for that model and data (RECIPES), every value can be overridden, and what is used
+is printed and saved. A run writes --out (default runs/<model>-<data>/): config.json, log.jsonl, samples/<step>.png,
+checkpoint.pt and the one before it, previous.pt. Started again with the same command, it continues where it was.
+
+Whatever is random in step k (order, mirroring, times, noise, dropped labels) is a function of (seed, k), drawn for the
+whole batch and sliced by process. So N + M steps equal N, a stop, and M more, to the last bit on one device; and a run
+hardly depends on the number of processes (rounding apart).
+"""
+import argparse
+import ast
+import contextlib
+import copy
+import inspect
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
+
+import data
+import diffusion
+import uvit
+
+MODELS = {**uvit.MODELS}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipes. A row for each model family and data set; "folder" serves every path given to --data.
+
+RECIPES = {
+    # U-ViT, arXiv:2209.12152, appendix B and the released code
+    ("uvit", "cifar10"): dict(
+        batch_size=128, steps=500_000, warmup=2500, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.999), class_cond=False,
+        label_dropout=0.0, schedule="vp", sampler="euler_maruyama", sample_steps=1000),
+    ("uvit", "folder"): dict(       # CIFAR10's, with labels where there are class folders, and a faster sampler
+        batch_size=128, steps=500_000, warmup=2500, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.999), class_cond=True,
+        label_dropout=0.1, schedule="vp", sampler="dpm_solver", sample_steps=50),
+    # Ours, for minutes on two CPU cores
+    ("uvit", "shapes"): dict(
+        batch_size=64, steps=5000, warmup=100, lr=4e-3, weight_decay=0.03, betas=(0.9, 0.99), class_cond=True,
+        label_dropout=0.1, schedule="vp", sampler="ddpm", sample_steps=100, clip_x0=True,
+        log_every=50, sample_every=500, save_every=500),
+}
+COMMON = dict(accumulate=1, ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, log_every=100, sample_every=10_000,
+              save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=False)
+
+
+def recipe(model, dataset):
+    """Training and sampling values for a model and data set, {flag: value}. Raises ValueError on an unknown model."""
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r}; choose from {', '.join(MODELS)}")
+    family = model.split("_")[0]
+    return {**COMMON, **RECIPES.get((family, dataset), RECIPES[family, "folder"])}
+
+
+def parse(argv=None):
+    """The command line over the recipe -> argparse.Namespace with a value for every flag."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog="Where no default is given, it is the recipe's for the model and data.")
+    yes_no = argparse.BooleanOptionalAction
+    add = p.add_argument_group("what is trained on what").add_argument
+    add("--model", required=True, metavar="NAME", help=", ".join(MODELS))
+    add("--data", required=True, metavar="NAME_OR_FOLDER",
+        help=f"{', '.join(data.DATASETS)}, or a folder of images: flat, or one folder for each class")
+    add("--data-dir", metavar="DIR", help="where a named data set lies (default data/)")
+    add("--image-size", type=int, metavar="PIXELS", help="32 for cifar10, 16 for shapes, 64 for a folder")
+    add("--class-cond", action=yes_no, help="train on the labels")
+    add("--model-args", nargs="*", default=[], metavar="KEY=VALUE",
+        help="arguments of the model's constructor, e.g. width=256 depth=8 skip=none")
+    add("--schedule", choices=diffusion.SCHEDULES, help="how noise is added")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, help="training steps in all")
+    add("--batch-size", type=int, metavar="N", help="images in a step, over all processes")
+    add("--accumulate", type=int, metavar="N",
+        help="split each process's share into N backward passes, to save memory (default 1)")
+    add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
+    add("--warmup", type=int, metavar="STEPS", help="steps over which the learning rate rises linearly")
+    add("--weight-decay", type=float)
+    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="AdamW's")
+    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm (default 0: no limit, as in the papers)")
+    add("--ema", type=float, metavar="DECAY",
+        help="of the averaged weights, reached by min(DECAY, (1 + step) / (10 + step)) (default 0.9999)")
+    add("--label-dropout", type=float, metavar="P", help="share of labels replaced by the null label, for guidance")
+    add = p.add_argument_group("machine").add_argument
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--amp", choices=["bf16", "fp16", "off"],
+        help="autocast type (default bf16 on cuda, off on cpu, where it is seldom faster)")
+    add("--compile", action=yes_no, help="torch.compile the model: a minute at the start, then faster steps on a GPU")
+    add("--grad-checkpoint", action=yes_no, help="recompute activations in the backward pass: less memory, slower")
+    add("--workers", type=int, metavar="N", help="reading processes, for data too large for memory (default 4)")
+    add = p.add_argument_group("run").add_argument
+    add("--out", metavar="FOLDER", help="default runs/<model>-<data>")
+    add("--seed", type=int, help="default 0")
+    add("--log-every", type=int, metavar="STEPS", help="default 100")
+    add("--save-every", type=int, metavar="STEPS", help="default 5000")
+    add("--sample-every", type=int, metavar="STEPS", help="default 10000; 0 draws no grids")
+    add = p.add_argument_group("sampling: sample.py's defaults for this run, and the grids'").add_argument
+    add("--sampler", choices=diffusion.SAMPLERS)
+    add("--sample-steps", type=int, metavar="N", help="calls of the network for an image")
+    add("--cfg", type=float, metavar="W", help="guidance weight of eps_u + W (eps_c - eps_u) (default 1: none)")
+    add("--clip-x0", action=yes_no, help="limit the predicted image to [-1, 1] while sampling")
+    given = vars(p.parse_args(argv))
+
+    named = given["data"] if given["data"] in data.DATASETS else "folder"
+    config = {**given, **recipe(given["model"], named), **{k: v for k, v in given.items() if v is not None}}
+    config["device"] = config["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    config["amp"] = config["amp"] or ("bf16" if config["device"] == "cuda" else "off")
+    config["out"] = config["out"] or f"runs/{config['model']}-{Path(config['data']).name}"
+    config["betas"] = list(config["betas"])
+    for flag in ("steps", "batch_size", "accumulate", "log_every", "save_every", "sample_steps"):
+        if config[flag] < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {config[flag]}: must be at least 1")
+    return argparse.Namespace(**config)
+
+
+def model_arguments(config, dataset):
+    """Arguments of the model's constructor: the data's shape and classes, then --model-args."""
+    classes = dataset.num_classes if config.class_cond else 0
+    arguments = dict(image_size=dataset.shape[1], in_channels=dataset.shape[0], num_classes=classes,
+                     null_class=config.label_dropout > 0)
+    for item in config.model_args:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--model-args {item}: expected KEY=VALUE")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = {"true": True, "false": False}.get(value.lower(), value)
+    return arguments
+
+
+def build(name, arguments):
+    """A model of MODELS. Raises ValueError on an unknown name or argument, or values that do not fit together."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
+    try:
+        return MODELS[name](**arguments)
+    except TypeError as error:
+        known = inspect.signature(uvit.UViT).parameters
+        raise ValueError(f"{name}: {error}; its arguments are {', '.join(known)}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, checkpoints, logs
+
+
+class Processes:
+    """Where this process stands: rank and world size (0 of 1 without torchrun), and its device."""
+
+    def __init__(self, device):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.distributed = "RANK" in os.environ
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if device == "cuda":
+            if local >= torch.cuda.device_count():
+                raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found; "
+                                 "start fewer processes, or use --device cpu")
+            torch.cuda.set_device(local)
+        self.device = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
+        if self.distributed:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        self.signal = 0
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self.remember)
+
+    def remember(self, number, frame):
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt     # pressed twice: at once
+        self.signal = number
+
+    def stop_requested(self):
+        """The signal (SIGTERM, SIGINT) that any process got, or 0; the same answer on every process."""
+        if not self.distributed:
+            return self.signal
+        highest = torch.tensor(self.signal)     # on the CPU, over gloo: the GPU is not waited for
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest)
+
+    def mean(self, x):
+        """The mean of a tensor over all processes."""
+        if self.distributed:
+            dist.all_reduce(x)
+        return x / self.world
+
+    def close(self):
+        if self.distributed:
+            dist.destroy_process_group()
+
+
+def write_checkpoint(state, path):
+    """Write to a temporary file, then rename: at every moment a whole checkpoint.pt or previous.pt exists."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({error}); the checkpoint before it is whole") from None
+    if path.exists():
+        os.replace(path, path.with_name("previous.pt"))
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path):
+    """A checkpoint of train.py, on the CPU, after its checksums were verified.
+
+    Raises FileNotFoundError, or ValueError where the file is torn, altered, or not a checkpoint of train.py.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # whatever zipfile, pickle and torch make of arbitrary bytes
+        raise ValueError(f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or not {"model", "ema", "step", "config", "model_args"} <= state.keys():
+        raise ValueError(f"{path}: not a checkpoint of train.py; give a file of weights alone to sample.py --weights")
+    return state
+
+
+def resume(out, config, arguments, lead):
+    """The state to continue from, or None in a new folder. A damaged checkpoint is named, put aside, and not used.
+
+    Raises ValueError where the folder holds a run of another model or data, or only damaged checkpoints.
+    """
+    damaged = list(out.glob("*.damaged"))
+    for path in (out / "checkpoint.pt", out / "previous.pt"):
+        try:
+            state = read_checkpoint(path)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            damaged.append(path.with_suffix(".damaged"))
+            if lead:
+                print(f"{error}; kept as {damaged[-1].name}, trying the one before it", file=sys.stderr)
+                os.replace(path, damaged[-1])
+            continue
+        here = {"model": config.model, "data": config.data, **arguments}
+        there = {"model": state["config"]["model"], "data": state["config"]["data"], **state["model_args"]}
+        for key in {**here, **there}:
+            if here.get(key) != there.get(key):
+                raise ValueError(f"{path} is of another run: its {key} is {there.get(key)}, here {here.get(key)}; "
+                                 f"give another --out, or remove {out}")
+        return state
+    if damaged:
+        raise ValueError(f"{out}: no checkpoint can be read; remove the folder to start anew, or give another --out")
+    return None
+
+
+class Log:
+    """A JSON line for each report in log.jsonl, and TensorBoard's file if that is installed; nothing if not active."""
+
+    def __init__(self, out, step, active):
+        self.file = self.board = None
+        if not active:
+            return
+        path = out / "log.jsonl"
+        if path.exists():           # reports of steps that will be taken again, and a line torn by a crash, go
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+        self.file = open(path, "a", buffering=1)
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(out, purge_step=step + 1)
+
+    def write(self, step, **values):
+        if self.file:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+
+def memory_gb(device):
+    """Most memory used so far, in GB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def draw_grid(model, schedule, config, dataset, null, device, path):
+    """A grid of samples at fixed noise: one column for each class (ten at most), or 8 x 8 without labels."""
+    classes = dataset.num_classes if config.class_cond else 0
+    columns = min(classes, 10) or 8
+    indices = range(8 * columns)
+    y = torch.tensor([i % columns * classes // columns for i in indices], device=device) if classes else None
+    # A grid should cost seconds: DPM-Solver in 50 evaluations where the run's own sampler takes more than 100.
+    sampler, steps = (config.sampler, config.sample_steps) if config.sample_steps <= 100 else ("dpm_solver", 50)
+    images = diffusion.generate(model, schedule, dataset.shape, indices, y, null, sampler=sampler, steps=steps,
+                                w=config.cfg, clip=config.clip_x0, seed=config.seed, device=device)
+    path.parent.mkdir(exist_ok=True)
+    data.save_grid(data.to_uint8(images), path, columns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    config = parse(argv)
+    here = Processes(config.device)
+    device, lead = here.device, here.rank == 0
+    share = config.batch_size // here.world     # images of each step on this process
+    micro = share // config.accumulate          # .. and in one backward pass
+    if micro * config.accumulate * here.world != config.batch_size:
+        raise ValueError(f"--batch-size {config.batch_size} does not divide by {here.world} processes x "
+                         f"--accumulate {config.accumulate}")
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 remains, on a GPU
+
+    # Data, model, optimiser
+    dataset = data.load(config.data, config.data_dir, config.image_size)
+    config.class_cond = config.class_cond and dataset.num_classes > 0
+    config.label_dropout = config.label_dropout if config.class_cond else 0.0
+    arguments = model_arguments(config, dataset)
+    null = arguments["num_classes"] if config.label_dropout else None
+    if config.cfg != 1 and null is None:
+        raise ValueError(f"--cfg {config.cfg}: guidance needs labels, and a null label trained by --label-dropout 0.1")
+    schedule = diffusion.SCHEDULES[config.schedule]()
+    torch.manual_seed(config.seed)
+    model = build(config.model, {**arguments, "checkpoint": config.grad_checkpoint}).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    half = torch.float16 if config.amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=config.amp != "off")
+
+    # Continue, if there is something to continue
+    out, start = Path(config.out), 0
+    state = resume(out, config, arguments, lead)
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start = state["step"]
+        del state
+    if lead:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
+        print("\n".join(f"{key:>16} {value}" for key, value in vars(config).items()))
+        print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
+              f"{config.data}: {len(dataset)} images {dataset.shape}, {arguments['num_classes'] or 'no'} classes; "
+              f"{here.world} x {device}; " + (f"continues after step {start}" if start else f"a new run in {out}"),
+              flush=True)
+
+    if config.compile:
+        model.compile()
+    network = model
+    if here.distributed:
+        # static_graph saves bookkeeping in each step, but fails (torch 2.15) if the first pass is one without a sync.
+        network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                          gradient_as_bucket_view=True, static_graph=config.accumulate == 1)
+    rows = slice(here.rank * share, (here.rank + 1) * share)
+    order = (part for step in range(start, config.steps) for part in np.split(
+        data.shuffled(len(dataset), config.seed, step * config.batch_size, config.batch_size)[rows], config.accumulate))
+    batches = dataset.batches(order, device, config.workers)
+    generator = torch.Generator(device)
+    log = Log(out, start, lead)
+    bar = tqdm(total=config.steps, initial=start, unit="step", disable=not lead,
+               mininterval=1 if sys.stderr.isatty() else 30)
+
+    loss_sum, logged_step = torch.zeros((), device=device), start
+    skipped = skipped_in_a_row = torch.zeros((), device=device)     # on the device: reading them would wait for it
+    clock = time.perf_counter()
+    stop, step = 0, start
+    while step < config.steps and not stop:
+        # Everything random in this step, for the whole batch; this process uses its rows.
+        generator.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0]))
+        n, where = config.batch_size, dict(generator=generator, device=device)
+        draws = [schedule.training_time(torch.rand(n, **where, dtype=torch.float64)),
+                 torch.randn(n, *dataset.shape, **where),
+                 torch.rand(n, **where) < config.label_dropout, *dataset.draws(n, generator)]
+
+        for i, (t, noise, dropped, *augment) in enumerate(zip(*(draw[rows].split(micro) for draw in draws))):
+            images, y = next(batches)
+            x0 = dataset.prepare(images, *augment)
+            y = torch.where(dropped, null or 0, y) if config.class_cond else None
+            last = i == config.accumulate - 1
+            with contextlib.nullcontext() if last or not here.distributed else network.no_sync():
+                with autocast:
+                    loss = schedule.loss(network, x0, y, t, noise).mean() / config.accumulate
+                scaler.scale(loss).backward()
+            loss_sum = loss_sum + loss.detach()
+
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+        scaler.unscale_(optimizer)
+        grad_norm = get_total_norm([p.grad for p in parameters])
+        if config.clip_grad:
+            clip_grads_with_norm_(parameters, config.clip_grad, grad_norm)
+        bad = (~torch.isfinite(grad_norm)).float()
+        if not scaler.is_enabled():     # (the scaler does the same) a step that is not finite changes no weight
+            optimizer.grad_scale, optimizer.found_inf = None, bad
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(config.ema, (1 + step) / (10 + step)))
+        skipped, skipped_in_a_row = skipped + bad, (skipped_in_a_row + bad) * bad
+        step += 1
+        bar.update()
+
+        stop = here.stop_requested()
+        saves = step % config.save_every == 0 or step == config.steps or stop
+        if step % config.log_every == 0 or saves:
+            mean_loss = here.mean(loss_sum).item() / (step - logged_step)
+            rate = config.batch_size * (step - logged_step) / (time.perf_counter() - clock)
+            lr = optimizer.param_groups[0]["lr"]
+            log.write(step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), images_per_sec=rate,
+                      memory_gb=memory_gb(device), skipped=int(skipped))
+            bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} images/s")
+            if skipped_in_a_row >= 10:
+                raise ValueError(
+                    f"step {step}: the gradient was not finite ten times in a row (learning rate {lr:.1e}); "
+                    f"try a lower --lr, --clip-grad 1, or --amp off; {out} holds the checkpoint before")
+            loss_sum, logged_step = torch.zeros((), device=device), step
+        if saves and lead:
+            write_checkpoint(dict(
+                model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(), step=step, config=vars(config), model_args=arguments,
+                shape=list(dataset.shape), class_names=list(dataset.class_names)), out / "checkpoint.pt")
+        if lead and config.sample_every and (step % config.sample_every == 0 or step == config.steps):
+            with autocast:
+                draw_grid(ema, schedule, config, dataset, null, device, out / "samples" / f"{step:07d}.png")
+        if logged_step == step:
+            clock = time.perf_counter()     # the time of saving and sampling is not the training's
+
+    bar.close()
+    here.close()
+    if stop:
+        sys.exit(f"train.py: stopped by {signal.Signals(stop).name} after step {step}, which is saved; "
+                 "the same command continues")
+    if lead:
+        print(f"done: {out / 'checkpoint.pt'}" + (f", {out / 'samples'}" if config.sample_every else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
+        sys.exit(f"train.py: {error}")
