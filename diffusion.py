@@ -12,13 +12,13 @@ Data x_0 is hidden in normal noise eps, a network learns to tell the noise, and 
     x0 = SAMPLERS["dpm_solver"](denoise, schedule, x_T, steps=50)           # noise in, images out
 
 Time is a float in [0, 1] everywhere; step n of N of a discrete schedule is t = n / N. What a network is fed instead
-(999 t, n, or n - 1) is `schedule.model_time(t)`. Times and coefficients are float64, images keep their type. A denoiser is
-any function (x, t) -> noise of x's shape, or (N, 2C, ...) where the last C channels give a learned variance.
+(999 t, n, or n - 1) is `schedule.model_time(t)`. Times and coefficients are float64, images keep their type. A
+denoiser is any function (x, t) -> noise of x's shape, or (N, 2C, ..) where the last C channels give a learned variance.
 
-Sources: VP and its SDE: Song et al., arXiv:2011.13456. DDPM: Ho et al., arXiv:2006.11239. Learned variance and respacing:
-Nichol & Dhariwal, arXiv:2102.09672. DDIM: Song et al., arXiv:2010.02502. Guidance: Ho & Salimans, arXiv:2207.12598.
-DPM-Solver and DPM-Solver++: Lu et al., arXiv:2206.00927 and arXiv:2211.01095. test_all.py compares every one with
-trajectories of the released code of U-ViT and DiT.
+Sources: VP and its SDE: Song et al., arXiv:2011.13456. DDPM: Ho et al., arXiv:2006.11239. Learned variance and
+respacing: Nichol & Dhariwal, arXiv:2102.09672. DDIM: Song et al., arXiv:2010.02502. Guidance: Ho & Salimans,
+arXiv:2207.12598. DPM-Solver and DPM-Solver++: Lu et al., arXiv:2206.00927 and arXiv:2211.01095. test_all.py compares
+every one with trajectories of the released code of U-ViT and DiT.
 """
 import math
 from functools import partial
@@ -134,7 +134,7 @@ class VP(Schedule):
 
 
 class Discrete(Schedule):
-    """N steps with given betas: alpha(n/N)^2 = product of (1 - beta_i) for i = 1..n, and log alpha linear in between."""
+    """N steps with given betas: alpha(n/N)^2 = product of 1 - beta_i for i = 1..n; log alpha is linear in between."""
 
     def __init__(self, betas):
         self.steps, self.t_min = len(betas), 1 / len(betas)
@@ -199,7 +199,7 @@ class DDPM(Discrete):
     def variational_bound(self, x0, x_t, t, eps, v):
         """The bound's term at t, (N,), in bits per number (Nichol & Dhariwal, section 3.1): it trains v, not eps.
 
-        At n > 1 it is KL(q(x_{n-1} | x_n, x_0) | p(x_{n-1} | x_n)) of two normals, at n = 1 the likelihood of 8-bit data.
+        At n > 1 it is KL(q(x_{n-1} | x_n, x_0) | p(x_{n-1} | x_n)) of two normals, at n = 1 8-bit data's likelihood.
         """
         n = (t * self.steps).round()
         c0, ct, _, high = (per_image(a, x0) for a in self.posterior((n - 1) / self.steps, n / self.steps))
@@ -232,7 +232,8 @@ def split(out, x):
     """A network's output -> (noise like x, learned variance like x or None). Raises ValueError on other channels."""
     channels = x.shape[1]
     if out.shape[0] != x.shape[0] or out.shape[1] not in (channels, 2 * channels) or out.shape[2:] != x.shape[2:]:
-        raise ValueError(f"the model turned {tuple(x.shape)} into {tuple(out.shape)}: expected {channels} or {2 * channels} channels")
+        raise ValueError(f"the model turned {tuple(x.shape)} into {tuple(out.shape)}: "
+                         f"expected {channels} or {2 * channels} channels")
     return out[:, :channels], out[:, channels:] if out.shape[1] > channels else None
 
 
@@ -242,7 +243,7 @@ def interpolate_variance(v, log_low, log_high):
 
 
 def log_likelihood_8bit(x, mean, log_std):
-    """log P of 8-bit data x (k / 127.5 - 1) under a normal: the mass within half a grey level, open at black and white."""
+    """log P of 8-bit data x (k / 127.5 - 1) under a normal: its mass within half a grey level, open at both ends."""
     def cdf(z):     # the released code's approximation of the normal's, kept to agree with it
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
@@ -268,7 +269,7 @@ def guide(model, schedule, y=None, null=None, w=1.0, channels=None):
     Raises ValueError where w asks for guidance that y or null can not give.
     """
     if w != 1 and (y is None or null is None):
-        raise ValueError(f"guidance w = {w} needs a conditional model with a null {'label' if y is None else 'condition'}")
+        raise ValueError(f"guidance w = {w} needs a conditional model, and its null label or the empty text's features")
 
     def denoise(x, t):
         time = schedule.model_time(t).to(x).expand(len(x))                  # (N,)
@@ -287,7 +288,7 @@ def guide(model, schedule, y=None, null=None, w=1.0, channels=None):
 def clamp_x0(denoise, schedule, low=-1.0, high=1.0):
     """The same denoiser with its estimate of x_0 limited to [low, high], for pixels and networks still young.
 
-    Near t = 1 that estimate divides by a tiny alpha, so small errors of the network become large ones in overall colour.
+    Near t = 1 that estimate divides by a tiny alpha: small errors of the network become large ones in overall colour.
     """
     def clamped(x, t):
         alpha, sigma = schedule.alpha_sigma(t)
@@ -326,7 +327,7 @@ def euler(denoise, schedule, x, steps, randn=torch.randn_like, progress=False, l
 
 
 def ancestral(denoise, schedule, x, steps, randn=torch.randn_like, progress=False):
-    """DDPM's sampler: draw x_s from p(x_s | x_t) down a respaced chain. The variance is learned, or beta~ where it is not."""
+    """DDPM's sampler: draw x_s from p(x_s | x_t) down a respaced chain. The variance is learned, or else beta~."""
     times = torch.cat([schedule.times(steps), torch.zeros(1)])
     for t, s in progress_bar(list(zip(times, times[1:])), "DDPM", progress):
         alpha, sigma = schedule.alpha_sigma(t)
@@ -435,8 +436,8 @@ class ImageNoise:
 
 
 @torch.no_grad()
-def generate(model, schedule, shape, indices, y=None, null=None, *, sampler="dpm_solver", steps=50, w=1.0, channels=None,
-             clip=False, seed=0, device="cpu", progress=False):
+def generate(model, schedule, shape, indices, y=None, null=None, *, sampler="dpm_solver", steps=50, w=1.0,
+             channels=None, clip=False, seed=0, device="cpu", progress=False):
     """Sample the images with these indices: (len(indices), *shape) float32 on `device`.
 
     shape is (C, H, W); y, null, w and channels are guide's; clip limits the predicted x_0 to [-1, 1].
@@ -446,5 +447,6 @@ def generate(model, schedule, shape, indices, y=None, null=None, *, sampler="dpm
         raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
     denoise = guide(model, schedule, y, null, w, channels)
     noise = ImageNoise(seed, indices)
+    denoise = clamp_x0(denoise, schedule) if clip else denoise
     x = noise(torch.empty(len(indices), *shape, device=device))
-    return SAMPLERS[sampler](clamp_x0(denoise, schedule) if clip else denoise, schedule, x, steps, randn=noise, progress=progress)
+    return SAMPLERS[sampler](denoise, schedule, x, steps, randn=noise, progress=progress)

@@ -90,14 +90,18 @@ def read_weights(path, raw=False):
 
 
 def load_weights(model, state, path):
-    """Load a state dict into a model. Raises ValueError that names the keys that do not fit."""
+    """Load a state dict into a model. Raises ValueError that names the keys that do not fit.
+
+    Fixed tables (buffers, such as DiT's positions) may have been made for another image size: the model keeps its own.
+    """
+    fixed = {name for name, _ in model.named_buffers()}
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     other = {name: tuple(value.shape) for name, value in state.items()}
     problems = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ..' if len(names) > 3 else ''})" for kind, names in [
         ("missing", [name for name in own if name not in other]),
         ("unexpected", [name for name in other if name not in own]),
         ("of another shape", [f"{name} {other[name]}, here {own[name]}" for name in own
-                              if name in other and own[name] != other[name]]),
+                              if name in other and own[name] != other[name] and name not in fixed]),
     ] if names]
     if problems:
         raise ValueError(f"{path}: does not fit the model: {'; '.join(problems)}")
@@ -114,8 +118,8 @@ def open_source(args, device):
     else:
         config, name, path, step, names = train.recipe(args.model, args.data), args.model, args.weights, None, []
         weights = read_weights(path, args.raw)
-        rows = [len(value) for key, value in weights.items() if key.endswith("label_emb.weight")]
-        channels = [value.shape[1] for key, value in weights.items() if key.endswith("embed.proj.weight")]
+        rows = [len(w) for key, w in weights.items() if key.endswith(("label_emb.weight", "embedding_table.weight"))]
+        channels = [w.shape[1] for key, w in weights.items() if key.endswith(("embed.proj.weight", "embedder.proj.weight"))]
         null_row = config["label_dropout"] > 0      # whoever dropped labels has a row for the null label
         size = args.image_size or data.IMAGE_SIZE.get(args.data, 64)
         shape = (channels[0] if channels else 3, size, size)

@@ -6,6 +6,7 @@
 "As released" means: as the released code of the papers computed it, from weights and inputs that are functions of names and
 seeds (`fill`, `inputs`), so that a few numbers carried over here pin down a whole network or sampler.
 """
+import copy
 import hashlib
 import json
 import math
@@ -22,13 +23,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import diffusion
+import dit
 import sample
 import train
+import udit
 import uvit
 
 HERE = Path(__file__).parent
@@ -40,7 +44,9 @@ def fill(state_dict, keep=()):
     out = {}
     for name, p in state_dict.items():
         z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape))
-        if name.endswith("pos_embed"):
+        if name.endswith("logit_scale"):
+            z = np.log(10.0) + 0.1 * z
+        elif name.endswith("pos_embed"):
             z = 0.02 * z
         elif p.ndim >= 2:
             z = z / np.sqrt(np.prod(p.shape[1:]))
@@ -239,6 +245,503 @@ def test_uvit_unknown_argument_raises():
     """A misspelt argument is not swallowed."""
     with pytest.raises(TypeError, match="num_class"):
         uvit.MODELS["uvit_tiny"](num_class=10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dit.py
+
+DIT_BLOCKS = ["adaln_zero", "adaln", "cross", "in_context"]
+DIT_COUNTS = {  # name: (M parameters, GMACs of one 4x32x32 input), as published, or recounted from the released code
+    "dit_s8": (33.15, 0.36), "dit_s4": (32.95, 1.41), "dit_s2": (32.96, 6.06),
+    "dit_b8": (130.88, 1.42), "dit_b4": (130.48, 5.57), "dit_b2": (130.51, 23.01),
+    "dit_l8": (458.59, 5.01), "dit_l4": (458.05, 19.70), "dit_l2": (458.10, 80.70),
+    "dit_xl8": (675.68, 7.39), "dit_xl4": (675.07, 29.04), "dit_xl2": (675.13, 118.62),
+}
+
+
+def dit_inputs(n=2, channels=3, size=(8, 8), classes=10, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(classes, (n,), generator=g) if classes else None
+    return torch.randn(n, channels, *size, generator=g), torch.randint(1000, (n,), generator=g).float(), y
+
+
+def dit_small(**overrides):
+    size = dict(image_size=8, in_channels=3, num_classes=10, width=64, depth=2)
+    return dit.MODELS["dit_tiny"](**{**size, **overrides})
+
+
+def dit_size(model):
+    """Numbers in the state dict, in millions: the published counts include the fixed position table, a buffer."""
+    return sum(p.numel() for p in model.state_dict().values()) / 1e6
+
+
+def dit_macs(model, size):
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        model(torch.zeros(1, 4, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    return counter.get_total_flops() / 2e9
+
+
+def test_dit_golden():
+    """DiT-S/2 with given weights computes what the released code does: 8 values and the norm of its output."""
+    model = dit.MODELS["dit_s2"](image_size=32, in_channels=4, num_classes=1000)
+    model.load_state_dict(fill(model.state_dict(), keep=("pos_embed",)), strict=True)
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 4, 32, 32)).astype(np.float32))
+    with torch.no_grad():
+        out = model(x, torch.tensor([0.0, 999.0]), torch.tensor([626, 805]))
+    at = [(0, 0, 0, 0), (0, 3, 5, 17), (0, 4, 31, 31), (0, 7, 16, 8),
+          (1, 0, 0, 31), (1, 2, 20, 9), (1, 5, 11, 30), (1, 7, 31, 0)]
+    golden = torch.tensor([-0.056203, 0.112273, -0.956446, 0.584917, -1.449399, -0.441873, 0.760771, -1.126400])
+    assert out.shape == (2, 8, 32, 32)
+    torch.testing.assert_close(torch.stack([out[i] for i in at]), golden, rtol=2e-5, atol=2e-5)
+    assert out.norm().item() == pytest.approx(143.758911, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", DIT_COUNTS)
+def test_dit_counts(name):
+    """Parameters (with the fixed table) and multiply-adds of the twelve sizes agree with the paper within 0.5 %."""
+    with torch.device("meta"):
+        model = dit.MODELS[name](image_size=32, in_channels=4, num_classes=1000)
+    parameters, macs = DIT_COUNTS[name]
+    assert dit_size(model) == pytest.approx(parameters, rel=1e-3)
+    assert dit_macs(model, 32) == pytest.approx(macs, rel=5e-3, abs=5e-3)       # published with two decimals
+
+
+@pytest.mark.parametrize("block, parameters, macs", [
+    ("adaln_zero", 675, 118.6), ("adaln", 600, 118.6), ("cross", 598, 137.6), ("in_context", 449, 119.4)])
+def test_dit_block_counts(block, parameters, macs):
+    """DiT-XL/2 in each block design has the size that the paper gives for it."""
+    with torch.device("meta"):
+        model = dit.MODELS["dit_xl2"](num_classes=1000, block=block)
+    assert dit_size(model) == pytest.approx(parameters, rel=2e-3)
+    assert dit_macs(model, 32) == pytest.approx(macs, rel=1e-3)
+
+
+@pytest.mark.parametrize("size, tokens", [(32, 256), (64, 1024)])
+def test_dit_manifest(size, tokens):
+    """Names, shapes and order of DiT-XL/2's 292 tensors are those of the released 256 and 512 checkpoints."""
+    D, block = 1152, {}
+    for name, rows, columns in [("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4),
+                                ("adaLN_modulation.1", 6, 1)]:
+        block |= {f"{name}.weight": (rows * D, columns * D), f"{name}.bias": (rows * D,)}
+    expected = {
+        "pos_embed": (1, tokens, D), "x_embedder.proj.weight": (D, 4, 2, 2), "x_embedder.proj.bias": (D,),
+        "t_embedder.mlp.0.weight": (D, 256), "t_embedder.mlp.0.bias": (D,),
+        "t_embedder.mlp.2.weight": (D, D), "t_embedder.mlp.2.bias": (D,),
+        "y_embedder.embedding_table.weight": (1001, D),
+        **{f"blocks.{i}.{name}": shape for i in range(28) for name, shape in block.items()},
+        "final_layer.linear.weight": (32, D), "final_layer.linear.bias": (32,),
+        "final_layer.adaLN_modulation.1.weight": (2 * D, D), "final_layer.adaLN_modulation.1.bias": (2 * D,),
+    }
+    with torch.device("meta"):
+        model = dit.MODELS["dit_xl2"](image_size=size, in_channels=4, num_classes=1000)
+    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    assert len(own) == 292 and list(own.items()) == list(expected.items())
+
+
+@pytest.mark.parametrize("block", DIT_BLOCKS)
+@pytest.mark.parametrize("classes, learn_sigma", [(10, True), (0, False)])
+def test_dit_zero_at_start(block, classes, learn_sigma):
+    """A new network of any block design returns exactly zero, 2C channels with learn_sigma and C without."""
+    model = dit_small(block=block, num_classes=classes, learn_sigma=learn_sigma)
+    out = model(*dit_inputs(classes=classes))
+    assert out.shape == (2, 6 if learn_sigma else 3, 8, 8) and not out.any()
+
+
+def test_dit_blocks_start_as_identity():
+    """adaLN-Zero: a new block returns its input bit for bit; a new block of the other designs does not."""
+    x, c = torch.randn(2, 16, 64), torch.randn(2, 64)
+    assert torch.equal(dit_small().blocks[0](x, c), x)
+    assert not torch.equal(dit_small(block="adaln").blocks[0](x, c), x)
+
+
+@pytest.mark.parametrize("block", DIT_BLOCKS)
+def test_dit_learns(block):
+    """Each block design lowers the loss on a fixed batch by 20 % in 30 steps of AdamW; all but the positions moves."""
+    torch.manual_seed(0)
+    model = dit_small(block=block, learn_sigma=False)
+    x, t, y = dit_inputs(n=8)
+    target = torch.randn(8, 3, 8, 8)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
+    losses = []
+    for _ in range(30):
+        loss = (model(x, t, y) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    still = [name for name, p in model.state_dict().items() if torch.equal(p, before[name])]
+    assert still == ["pos_embed"]                                               # fixed; all else is trained
+
+
+@pytest.mark.parametrize("block", DIT_BLOCKS)
+def test_dit_listens(block):
+    """With other than the initial weights, the output depends on the time and on the label, image by image."""
+    model = dit_small(block=block)
+    model.load_state_dict(fill(model.state_dict()))
+    x, t, y = dit_inputs()
+    with torch.no_grad():
+        out, later = model(x, t, y), model(x, t + torch.tensor([0.0, 300.0]), y)
+        other = model(x, t, (y + torch.tensor([0, 1])) % 10)
+    for changed in (later, other):
+        torch.testing.assert_close(changed[0], out[0])
+        assert (changed[1] - out[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("block", DIT_BLOCKS)
+def test_dit_checkpoint(block):
+    """Gradient checkpointing changes memory only: the same loss and gradients."""
+    gradients = []
+    for checkpoint in (False, True):
+        model = dit_small(block=block, checkpoint=checkpoint)
+        model.load_state_dict(fill(model.state_dict()))
+        model(*dit_inputs()).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(g is not None for g in gradients[0].values())
+    for name, g in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], g, rtol=1e-5, atol=1e-7, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("block", DIT_BLOCKS)
+def test_dit_autocast(block):
+    """bf16 autocast runs in every design and stays near the float32 output."""
+    model = dit_small(block=block)
+    model.load_state_dict(fill(model.state_dict()))
+    with torch.no_grad():
+        exact = model(*dit_inputs())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(*dit_inputs())
+    assert (out - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("block", DIT_BLOCKS)
+def test_dit_rectangle(block):
+    """A rectangular input runs, and the parts of an image stay where they are: unpatchify undoes the cutting."""
+    model = dit_small(block=block, image_size=(8, 16))
+    assert model(*dit_inputs(size=(8, 16))).shape == (2, 6, 8, 16)
+    image = torch.randn(2, 3, 8, 16)
+    tokens = image.unflatten(2, (4, 2)).unflatten(4, (8, 2)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    assert torch.equal(dit.unpatchify(tokens, (4, 8), 2), image)
+
+
+def test_dit_positions():
+    """Row 2, column 5 of a 4 x 8 grid: sine and cosine of the column, then of the row, at 10000^(-i / (D / 4))."""
+    table = dit.position_table((4, 8), 16)
+    f = 10000.0 ** (-np.arange(4) / 4)
+    expected = np.concatenate([np.sin(5 * f), np.cos(5 * f), np.sin(2 * f), np.cos(2 * f)])
+    assert table.shape == (1, 32, 16) and table.dtype == torch.float32
+    np.testing.assert_allclose(table[0, 2 * 8 + 5].numpy(), expected, atol=1e-7)
+
+
+def test_dit_loads_at_another_size():
+    """Weights of one image size load with strict=True into a model of another, which keeps its own positions."""
+    weights = fill(dit_small(image_size=8).state_dict())
+    for size in [16, (4, 16)]:                                              # more tokens; as many, laid out differently
+        model = dit_small(image_size=size)
+        own = model.pos_embed.clone()
+        model.load_state_dict(weights, strict=True)
+        assert torch.equal(model.pos_embed, own)
+        assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items() if name != "pos_embed")
+        assert weights["pos_embed"].shape == (1, 16, 64)                        # the caller's dict is left alone
+    with torch.device("meta"):
+        model = dit_small(image_size=16)
+    model.load_state_dict(weights, assign=True)                                 # a model made without memory, too
+    assert torch.equal(model.pos_embed, dit_small(image_size=16).pos_embed)
+    wrong = dict(weights, **{"blocks.0.attn.proj.bias": torch.zeros(3)})
+    del wrong["t_embedder.mlp.0.bias"]
+    with pytest.raises(RuntimeError, match="(?s)t_embedder.mlp.0.bias.*blocks.0.attn.proj.bias"):
+        dit_small().load_state_dict(wrong)
+    del weights["pos_embed"]
+    with pytest.raises(RuntimeError, match="pos_embed"):
+        dit_small().load_state_dict(weights)
+
+
+def test_dit_null_class():
+    """The null label is row num_classes of the table; null_class=False has no such row, num_classes=0 no table."""
+    assert dit_small().y_embedder.embedding_table.weight.shape == (11, 64)
+    assert dit_small(null_class=False).y_embedder.embedding_table.weight.shape == (10, 64)
+    assert dit_small(num_classes=0).y_embedder is None
+    x, t, y = dit_inputs()
+    assert dit_small()(x, t, torch.full_like(y, 10)).shape == (2, 6, 8, 8)
+
+
+def test_dit_errors():
+    """Wrong arguments and inputs raise at once, in one line that names what was given."""
+    with pytest.raises(TypeError, match="num_class"):
+        dit_small(num_class=10)
+    for wrong, match in [(dict(image_size=9), "image_size"), (dict(width=66), "width"), (dict(heads=5), "heads"),
+                         (dict(block="zero"), "'zero'")]:
+        with pytest.raises(ValueError, match=match) as error:
+            dit_small(**wrong)
+        assert "\n" not in str(error.value)
+    x, t, y = dit_inputs()
+    for wrong in [(x[..., :4], t, y), (x, t[:1], y), (x, t, None), (x, t, y[:1]), (x, t, y.float())]:
+        with pytest.raises(ValueError, match="DiT: "):
+            dit_small()(*wrong)
+    with pytest.raises(ValueError, match="unconditional"):
+        dit_small(num_classes=0)(x, t, y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# udit.py
+
+UDIT_TINY = dict(image_size=16, in_channels=3, width=16, heads=2)
+UDIT_VARIANTS = {
+    "full": {}, "vanilla": udit.VANILLA, "dit-unet": dict(downsample="none", **udit.VANILLA), "kv-vanilla": dict(downsample="kv", **udit.VANILLA),
+    "none": dict(downsample="none"), "kv": dict(downsample="kv"), "shuffle": dict(downsampler="shuffle"), "conv": dict(downsampler="conv"),
+    "dot-product": dict(cosine=False), "no-rotary": dict(rotary=False), "no-ffn-conv": dict(ffn_conv=False), "plain": dict(reparam=False),
+}
+
+
+def filled_udit(**arguments):
+    """A tiny U-DiT with weights that are not zero, and a batch for it."""
+    model = udit.MODELS["udit_tiny"](**{**UDIT_TINY, **arguments})
+    model.load_state_dict(fill(model.state_dict()))
+    x, t, y = inputs((4, 3, *model.image_size), num_classes=model.label_rows, times=(0, 999))
+    return model, (x, t, y)
+
+
+@torch.no_grad()
+def test_udit_computes_what_the_released_network_does():
+    """Eight numbers of U-DiT-S's output are as released within 2e-5 of the largest of them (1e-5 of the whole), its norm within 1e-5."""
+    model = udit.MODELS["udit_s"](num_classes=1000)
+    model.load_state_dict(fill(model.state_dict()))
+    out = model(*inputs((2, 4, 32, 32), num_classes=1000, times=(0, 999)))
+    assert out.shape == (2, 8, 32, 32)
+    assert relative(out.flatten()[::out.numel() // 8], [0.115282, -0.220933, -0.476256, -0.476085, 0.245845, -1.165088, 0.176999, -0.2467]) < 2e-5
+    assert out.square().mean().sqrt().item() == pytest.approx(1.0550472, rel=1e-5)
+
+
+@pytest.mark.parametrize("name, names_hash, parameters, folded, gmacs", [
+    ("udit_s", "92e63b82eccc5772", 58.90, 52.05, 6.02),
+    ("udit_b", "5f69ac40bc6bf660", 231.25, 204.43, 22.18),
+    ("udit_l", "f191634b70ab9866", 916.34, 810.19, 84.91),
+])
+def test_udit_has_the_released_names_shapes_and_size(name, names_hash, parameters, folded, gmacs):
+    """Every name and shape of a released checkpoint is there and no other, so it loads strictly; the counts are the published ones."""
+    with torch.device("meta"), torch.no_grad():     # shapes alone: nothing is allocated or computed
+        model = udit.MODELS[name](num_classes=1000)
+        fold = model.fold()
+        with FlopCounterMode(display=False) as counter:
+            fold(torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    lines = sorted(f"{key} {tuple(value.shape)}" for key, value in model.state_dict().items())
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == names_hash
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, rel=5e-3)
+    assert sum(p.numel() for p in fold.parameters()) / 1e6 == pytest.approx(folded, rel=5e-3)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=5e-3)
+
+
+def test_udit_kv_and_token_down_sampling_cost_the_same():
+    """Down-sampling keys and values alone needs as many multiply-adds as the paper's form, and fewer than attention of all tokens."""
+    flops = {}
+    for downsample in ("tokens", "kv", "none"):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            udit.MODELS["udit_s"](downsample=downsample, **udit.VANILLA)(torch.zeros(1, 4, 32, 32), torch.zeros(1))
+        flops[downsample] = counter.get_total_flops()
+    assert flops["kv"] == flops["tokens"] < 0.75 * flops["none"]
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(learn_sigma=False), udit.VANILLA], ids=["full", "one-output", "vanilla"])
+@torch.no_grad()
+def test_udit_starts_as_zero(arguments):
+    """The head and every gate start at zero, so the new network returns exactly zero."""
+    model = udit.MODELS["udit_tiny"](**UDIT_TINY, num_classes=5, **arguments)
+    out = model(torch.randn(2, 3, 16, 16), torch.tensor([0, 999]), torch.tensor([0, 5]))
+    assert out.shape == (2, 3 if arguments.get("learn_sigma") is False else 6, 16, 16)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("arguments", UDIT_VARIANTS.values(), ids=UDIT_VARIANTS.keys())
+def test_udit_ablations_learn(arguments):
+    """Each variant of the paper's ablation uses all its parameters and lowers the loss on one batch in 30 steps."""
+    torch.manual_seed(0)
+    model = udit.MODELS["udit_tiny"](**UDIT_TINY, **arguments)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    x, t, target = torch.randn(4, 3, 16, 16), torch.linspace(0, 999, 4), torch.randn(4, 6, 16, 16)
+    losses = []
+    for _ in range(30):
+        loss = F.mse_loss(model(x, t), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+@pytest.mark.parametrize("rotary", [True, False], ids=["rotary", "plain"])
+@pytest.mark.parametrize("downsample", ["tokens", "kv", "none"])
+@torch.no_grad()
+def test_udit_attention_is_the_formula(downsample, rotary, cosine):
+    """The fused attention equals one written token by token, with complex rotations and an explicit softmax, on a rectangular grid."""
+    height, width, heads, d = 4, 8, 2, 8
+    attention = udit.Attention(heads * d, (height, width), heads, downsample, "shuffle", cosine, rotary)
+    attention.load_state_dict(fill(attention.state_dict()))
+    x = torch.randn(2, height, width, heads * d, generator=torch.Generator().manual_seed(0))
+
+    def turned(vector, place):      # vector (heads, d) at place (row, column)
+        angles = torch.tensor([place[1 - i % 2] * 10000 ** (-4 * (i // 2) / d) for i in range(d // 2)])
+        z = torch.view_as_complex(vector.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones(d // 2), angles)
+        return torch.view_as_real(z).flatten(-2) if rotary else vector
+
+    expected = torch.zeros_like(x)
+    for n, row, column in np.ndindex(2, height, width):
+        if downsample == "kv":
+            token = attention.to_q(x[n, row, column])
+            cells = [(i, j) for i in range(height // 2) for j in range(width // 2)]
+            pairs = [attention.to_kv(x[n, 2 * i:2 * i + 2, 2 * j:2 * j + 2].permute(2, 0, 1).flatten()).chunk(2) for i, j in cells]
+            keys, places, here = pairs, [(2 * i + 0.5, 2 * j + 0.5) for i, j in cells], (row, column)
+        else:
+            step = 2 if downsample == "tokens" else 1
+            token = attention.to_qkv(x[n, row, column])[:heads * d]
+            cells = [(i, j) for i in range(row % step, height, step) for j in range(column % step, width, step)]
+            keys = [attention.to_qkv(x[n, i, j])[heads * d:].chunk(2) for i, j in cells]
+            places, here = [(i // step, j // step) for i, j in cells], (row // step, column // step)
+        q = turned(token.unflatten(0, (heads, d)), here)
+        k = torch.stack([turned(key.unflatten(0, (heads, d)), place) for (key, _), place in zip(keys, places)])
+        v = torch.stack([value.unflatten(0, (heads, d)) for _, value in keys])
+        logits = (k * q).sum(-1) / math.sqrt(d)                                             # (L, heads)
+        if cosine:
+            logits = F.cosine_similarity(k, q[None], dim=-1) * attention.logit_scale.exp()[:, 0, 0]
+        expected[n, row, column] = attention.to_out.weight[:, :, 0, 0] @ (logits.softmax(0)[..., None] * v).sum(0).flatten() + attention.to_out.bias
+    assert relative(attention(x), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_udit_cosine_logits_are_bounded():
+    """logit_scale above ln 100 counts as ln 100."""
+    model, batch = filled_udit()
+    outs = []
+    for value in (math.log(100.0), 9.0):
+        for name, p in model.named_parameters():
+            if name.endswith("logit_scale"):
+                p.fill_(value)
+        outs.append(model(*batch))
+    assert relative(outs[1], outs[0]) < 1e-6
+
+
+@pytest.mark.parametrize("downsample", ["tokens", "kv", "none"])
+@torch.no_grad()
+def test_udit_takes_rectangular_images(downsample):
+    """Height and width may differ, in multiples of 8."""
+    model, batch = filled_udit(image_size=(8, 24), downsample=downsample)
+    out = model(*batch)
+    assert out.shape == (4, 6, 8, 24) and out.isfinite().all()
+
+
+@torch.no_grad()
+def test_udit_reparameterised_convolutions_are_their_branches():
+    """A merged 1x1 equals two in a row, for few tokens and many; a merged depthwise equals the sum of its branches and the input."""
+    pointwise, depthwise = udit.Pointwise(6, 8, 10), udit.Depthwise(6, {"0": 5, "1": 3, "2": 1}, shortcut=True)
+    for shape in [(1, 2, 2, 6), (4, 8, 8, 6)]:
+        x = torch.randn(*shape)
+        z = x.permute(0, 3, 1, 2)
+        assert relative(pointwise(x), pointwise[1](pointwise[0](z)).permute(0, 2, 3, 1)) < 1e-5
+        branches = sum(F.conv2d(z, c.weight, c.bias, padding=c.kernel_size[0] // 2, groups=6) for c in depthwise.values())
+        assert relative(depthwise(x), (branches + z).permute(0, 2, 3, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("arguments", UDIT_VARIANTS.values(), ids=UDIT_VARIANTS.keys())
+@torch.no_grad()
+def test_udit_folds_without_a_change(arguments):
+    """fold() computes the same to 1e-5, leaves the original's weights alone to the last bit, and is itself a plain U-DiT's state dict."""
+    model, batch = filled_udit(num_classes=5, **arguments)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    out, folded = model(*batch), model.fold()
+    assert relative(folded(*batch), out) < 1e-5
+    assert same(model.state_dict(), before) and torch.equal(model(*batch), out)
+    assert all(p.dtype == torch.float32 for p in folded.parameters())
+    downsampler = {"shuffle": "shuffle"}.get(arguments.get("downsampler"), "conv")
+    plain = udit.MODELS["udit_tiny"](**{**UDIT_TINY, **arguments, "num_classes": 5, "reparam": False, "downsampler": downsampler})
+    plain.load_state_dict(folded.state_dict())
+    assert torch.equal(plain(*batch), folded(*batch))
+    assert same(folded.fold().state_dict(), folded.state_dict())
+    assert {p.data_ptr() for p in folded.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_udit_modes_change_no_weight():
+    """train() and eval(), with calls between, leave every weight as it is, and both modes compute the same: no label is dropped inside."""
+    model, batch = filled_udit(num_classes=5)
+    before, out = {name: value.clone() for name, value in model.state_dict().items()}, model(*batch)
+    for mode in (model.eval, model.train, model.eval, model.train):
+        assert torch.equal(mode()(*batch), out)
+    assert same(model.state_dict(), before)
+
+
+def test_udit_gradient_checkpointing_changes_no_gradient():
+    """checkpoint=True gives the gradients of the same model without it."""
+    grads = []
+    for checkpoint in (False, True):
+        model, batch = filled_udit(num_classes=5, checkpoint=checkpoint)
+        model(*batch).square().mean().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        with torch.no_grad():
+            assert model(*batch).isfinite().all()
+    assert all(torch.allclose(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-7) for name in grads[0])
+
+
+@torch.no_grad()
+def test_udit_labels_and_times_reach_the_output():
+    """Each label, the null label (num_classes) and each time give another output; an image's output does not depend on its batch."""
+    model, (x, t, y) = filled_udit(num_classes=5)
+    x, t = x[:1].repeat(6, 1, 1, 1), torch.full((6,), 500)
+    out = model(x, t, torch.arange(6))
+    assert min((out[i] - out[j]).abs().max() for i in range(6) for j in range(i)) > 1e-3
+    assert relative(model(x[:1], t[:1], torch.tensor([3])), out[3:4]) < 1e-5
+    assert (model(x, t + 1, torch.arange(6)) - out).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_udit_runs_in_bfloat16_and_channels_last():
+    """Autocast to bfloat16 stays within 3 % of float32; .to(memory_format=torch.channels_last) changes nothing."""
+    model, batch = filled_udit(num_classes=5)
+    out = model(*batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(*batch)
+    assert ((half - out).norm() / out.norm()).item() < 0.03
+    assert relative(model.to(memory_format=torch.channels_last)(*batch), out) < 1e-6
+    assert relative(model.double()(*(z.double() for z in batch[:2]), batch[2]), out) < 1e-5
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(image_size=20), "multiple of 8"), (dict(width=18, heads=4), "multiple of heads"), (dict(width=12, heads=2), "rotary"),
+    (dict(depths=(1, 1, 1)), "five stages"), (dict(downsample="half"), "none of"), (dict(downsampler="pool"), "none of"),
+])
+def test_udit_refuses_arguments_that_do_not_fit(arguments, words):
+    """A wrong argument is named in one line of a ValueError, an unknown one raises TypeError."""
+    with pytest.raises(ValueError, match=words) as error:
+        udit.MODELS["udit_tiny"](**arguments)
+    assert "\n" not in str(error.value)
+    with pytest.raises(TypeError):
+        udit.MODELS["udit_tiny"](patch_size=2)
+
+
+def test_udit_refuses_inputs_that_do_not_fit():
+    """A wrong shape, a missing, superfluous or float label raises ValueError in one line."""
+    model, plain = (udit.MODELS["udit_tiny"](**UDIT_TINY, num_classes=n) for n in (5, 0))
+    x, t, y = torch.zeros(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    for network, given in [(model, (x[:, :2], t, y)), (model, (x[..., :8], t, y)), (model, (x, t[:1], y)), (model, (x, t, None)),
+                           (model, (x, t, y.float())), (model, (x, t, y[:1])), (plain, (x, t, y))]:
+        with pytest.raises(ValueError, match="UDiT: ") as error:
+            network(*given)
+        assert "\n" not in str(error.value)
+
+
+@slow
+def test_udit_compiles_whole():
+    """torch.compile takes the network in one graph, and output and gradients stay the same."""
+    model, batch = filled_udit(num_classes=5)
+    out = model(*batch)
+    out.square().mean().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True)(*batch)
+    compiled.square().mean().backward()
+    assert relative(compiled, out.detach()) < 1e-4
+    assert all(((p.grad - grad).norm() / (grad.norm() + 1e-9)).item() < 1e-3 for p, grad in zip(model.parameters(), grads))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -887,6 +1390,33 @@ def test_released_uvit_weights_sample_by_their_recipe(tmp_path, monkeypatch):
     assert (source.shape, source.num_classes, source.null) == ((3, 32, 32), 0, None)
     assert (source.settings["sampler"], source.settings["steps"], source.settings["w"]) == ("euler_maruyama", 1000, 1)
     assert isinstance(source.schedule, diffusion.VP)
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("dit_s2", dict(width=32, depth=1, heads=2)), ("udit_s", dict(width=16, depths=(1, 1, 1, 1, 1), heads=2))])
+def test_released_dit_weights_sample_by_their_recipe(tmp_path, monkeypatch, name, arguments):
+    """The layout of a released DiT or U-DiT file gives 1000 classes, the null label, learned variance and 250 DDPM steps."""
+    network = train.NETWORKS[name.split("_")[0]]
+    monkeypatch.setitem(train.MODELS, name, lambda **given: network(**{**arguments, **given}))
+    torch.save(fill(network(**arguments, image_size=16, num_classes=1000).state_dict()), tmp_path / "w.pt")
+    given = sample.parse(["--weights", str(tmp_path / "w.pt"), "--model", name, "--data", "x", "--image-size", "32", "--cfg", "1.5",
+                          "--cfg-channels", "3", "--steps", "2"])
+    source = sample.open_source(given, torch.device("cpu"))
+    assert (source.shape, source.num_classes, source.null) == ((4, 32, 32), 1000, 1000)
+    assert source.settings["sampler"] == "ddpm" and isinstance(source.schedule, diffusion.DDPM)
+    y = torch.tensor([207, 360])
+    images = diffusion.generate(source.model, source.schedule, source.shape, range(2), y, source.null, **source.settings)
+    assert images.shape == (2, 4, 32, 32) and images.isfinite().all()
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("dit_tiny", ["width=32", "heads=2"]), ("udit_tiny", ["width=16", "heads=2"])])
+def test_dit_and_udit_train_and_sample_in_the_same_harness(tmp_path, name, arguments):
+    """A DiT and a U-DiT train on shapes with the hybrid loss of their recipe, and their checkpoints sample."""
+    train.main([*SMALL, "--model", name, "--model-args", *arguments, "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "config.json").read_text())["schedule"] == "ddpm"
+    images, labels = sampled(tmp_path, tmp_path / "x.npz", "--num", 10, "--cfg", 2)
+    assert images.shape == (10, 16, 16, 3) and labels.tolist() == list(range(10))
 
 
 class Explosive:

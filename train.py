@@ -35,13 +35,19 @@ from tqdm import tqdm
 
 import data
 import diffusion
+import dit
+import udit
 import uvit
 
-MODELS = {**uvit.MODELS}
+MODELS = {**uvit.MODELS, **dit.MODELS, **udit.MODELS}
+NETWORKS = {"uvit": uvit.UViT, "dit": dit.DiT, "udit": udit.UDiT}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipes. A row for each model family and data set; "folder" serves every path given to --data.
 
+DIT = dict(
+    batch_size=256, steps=400_000, warmup=0, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), class_cond=True,
+    label_dropout=0.1, schedule="ddpm", sampler="ddpm", sample_steps=250)
 RECIPES = {
     # U-ViT, arXiv:2209.12152, appendix B and the released code
     ("uvit", "cifar10"): dict(
@@ -50,6 +56,9 @@ RECIPES = {
     ("uvit", "folder"): dict(       # CIFAR10's, with labels where there are class folders, and a faster sampler
         batch_size=128, steps=500_000, warmup=2500, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.999), class_cond=True,
         label_dropout=0.1, schedule="vp", sampler="dpm_solver", sample_steps=50),
+    # DiT, arXiv:2212.09748, section 4, and U-DiT, arXiv:2405.02730, section 5
+    ("dit", "folder"): DIT,
+    ("udit", "folder"): DIT,
     # Ours, for minutes on two CPU cores
     ("uvit", "shapes"): dict(
         batch_size=64, steps=5000, warmup=100, lr=4e-3, weight_decay=0.03, betas=(0.9, 0.99), class_cond=True,
@@ -151,7 +160,7 @@ def build(name, arguments):
     try:
         return MODELS[name](**arguments)
     except TypeError as error:
-        known = inspect.signature(uvit.UViT).parameters
+        known = inspect.signature(NETWORKS[name.split("_")[0]]).parameters
         raise ValueError(f"{name}: {error}; its arguments are {', '.join(known)}") from None
 
 

@@ -1,0 +1,320 @@
+"""U-DiT: a U-Net of diffusion transformer blocks whose self-attention runs on down-sampled tokens.
+
+    Tian et al., "U-DiTs: Downsample Tokens in U-Shaped Diffusion Transformers", NeurIPS 2024, arXiv:2405.02730
+
+There are no patches: each latent cell (or pixel) is a token. Attention cuts the grid into its four interleaved
+subgrids, even and odd rows by even and odd columns, and each attends to itself alone, at a quarter of the cost:
+
+    x -> 3x3 conv -> encoder_level_1 -----------------> decoder_level_1 -> head -> noise, variance     H   x W
+                       encoder_level_2 -----------> decoder_level_2                                    H/2 x W/2
+                                        latent                                                         H/4 x W/4
+
+    model = MODELS["udit_s"](image_size=32, in_channels=4, num_classes=1000)    # 58.90 M parameters
+    out = model(x, t, y)            # x (N, 4, 32, 32), t (N,) DDPM index 0..999, y (N,) labels -> (N, 8, 32, 32)
+    fast = model.fold()             # the same function for inference: 52.05 M parameters, 6.02 GMACs an image
+
+Inside, data are channels-last, (N, H, W, D). This file needs torch alone and can be copied out. Parameters are named as
+in the released checkpoints, which load with strict=True; test_all.py compares outputs (relative error below 1e-5).
+"""
+import copy
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+def timestep_embedding(t, width):
+    """Sinusoidal embedding of time: t (N,) -> (N, width), float32.
+
+    [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i / (width / 2)) ("Attention is All You Need", section 3.5).
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000.0) / half))
+    angles = t.float()[:, None] * frequencies                               # (N, width / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_table(grid, d, step=1):
+    """exp(i angle), (H' * W', d), of cells of step x step tokens: pair 2i turns by x f_i and pair 2i + 1 by y f_i."""
+    y, x = torch.meshgrid(*(torch.arange(side) * step + (step - 1) / 2 for side in grid), indexing="ij")
+    angles = torch.stack([x, y], dim=-1).flatten(0, 1)[:, None] * 10000.0 ** (-torch.arange(0, d, 4) / d)[:, None]
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)     # f_i = 10000^(-4i / d)
+
+
+def rotate(x, table):
+    """Two adjacent channels (a, b) of x (N, heads, L, d) become (a + ib) exp(i angle)."""
+    x, table = x.unflatten(-1, (-1, 2)), table.unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():                                   # the compiler fuses real numbers only
+        return torch.view_as_real(torch.view_as_complex(x.to(table.dtype)) * torch.view_as_complex(table)).flatten(-2)
+    (a, b), (cosine, sine) = x.unbind(-1), table.unbind(-1)
+    return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2)
+
+
+def modulate(x, shift, scale):
+    """Adaptive LayerNorm, (1 + scale) LayerNorm(x) + shift, x (N, H, W, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def linear(x, conv):
+    """A 1x1 convolution as a matrix product, x (..., in) -> (..., out)."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def spatial(function, x):
+    """A function of (N, D, H, W) on x (N, H, W, D), as a view: convolutions keep this layout, and nothing is copied."""
+    return function(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+class Pointwise(nn.ModuleList):
+    """1x1 convolutions one after the other, widths[0] -> ... -> widths[-1] channels; two equal one, W = W_2 W_1."""
+
+    def __init__(self, *widths):
+        super().__init__(nn.Conv2d(i, o, kernel_size=1) for i, o in zip(widths, widths[1:]))
+
+    def merge(self):
+        first, *others = self
+        weight, bias = first.weight.flatten(1), first.bias
+        for conv in others:
+            weight, bias = conv.weight.flatten(1) @ weight, linear(bias, conv)
+        return weight[:, :, None, None], bias
+
+    def forward(self, x):
+        many = x[..., 0].numel() > max(x.shape[-1], len(self[-1].weight))   # tokens, enough to repay the product
+        for weight, bias in [self.merge()] if many else [(conv.weight, conv.bias) for conv in self]:
+            x = F.linear(x, weight.flatten(1), bias)
+        return x
+
+
+class Depthwise(nn.ModuleDict):
+    """Sum of depthwise convolutions {name: size} and, if shortcut, the identity; equal to one with the kernels' sum."""
+
+    def __init__(self, width, sizes, shortcut):
+        super().__init__({name: nn.Conv2d(width, width, kernel_size=k, groups=width) for name, k in sizes.items()})
+        self.shortcut = shortcut
+
+    def merge(self):
+        first, *others = self.values()
+        weight, bias = first.weight, sum((conv.bias for conv in others), first.bias)
+        for kernel in [conv.weight for conv in others] + [torch.ones_like(weight[:, :, :1, :1])] * self.shortcut:
+            weight = weight + F.pad(kernel, [(weight.shape[-1] - kernel.shape[-1]) // 2] * 4)
+        return weight, bias
+
+    def forward(self, x):
+        weight, bias = self.merge()
+        return spatial(lambda z: F.conv2d(z, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)), x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of a grid, x (N, H, W, D) -> (N, H, W, D), d = D / heads; the choices are UDiT's."""
+
+    def __init__(self, width, grid, heads, downsample, downsampler, cosine, rotary):
+        super().__init__()
+        self.heads, self.downsample, self.rotary = heads, downsample, rotary
+        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0))) if cosine else None
+        if downsample == "kv":                                              # one key and one value for 2 x 2 tokens
+            self.to_q, self.to_kv = nn.Linear(width, width), nn.Linear(4 * width, 2 * width)
+        else:
+            self.to_qkv = nn.Linear(width, 3 * width)                       # rows ordered (q k v, head, channel)
+        self.to_out = nn.Conv2d(width, width, kernel_size=1)
+        filtered = downsample != "none" and downsampler != "shuffle"
+        self.downsampler = Depthwise(width, {"layer": 5}, downsampler == "shortcut") if filtered else nn.Identity()
+        if rotary:
+            half, d = [side // 2 for side in grid], width // heads
+            tables = {"tokens": [(half, d)], "kv": [(grid, d), (half, d, 2)], "none": [(grid, d)]}[downsample]
+            self.register_buffer("table", torch.cat([rotary_table(*table) for table in tables]), persistent=False)
+
+    def forward(self, x):
+        tokens = self.downsampler(x)                                        # (N, H, W, D)
+        if self.downsample == "tokens":                                     # part (a, b): rows 2i + a, columns 2j + b
+            tokens = tokens.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        if self.downsample == "kv":
+            q, k, v = self.to_q(x), *self.to_kv(spatial(nn.PixelUnshuffle(2), tokens)).chunk(2, dim=-1)
+        else:
+            q, k, v = self.to_qkv(tokens).chunk(3, dim=-1)                  # each (4N, H/2, W/2, D), or (N, H, W, D)
+        q, k, v = (z.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
+        if self.logit_scale is not None:                                    # each (4N, heads, L/4, d)
+            q, k = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100.0)).exp(), F.normalize(k, dim=-1)
+        if self.rotary:
+            q, k = rotate(q, self.table[:q.shape[2]]), rotate(k, self.table[-k.shape[2]:])
+        out = F.scaled_dot_product_attention(q, k, v, scale=None if self.logit_scale is None else 1.0)
+        out = out.transpose(1, 2).flatten(2)                                # (4N, L/4, D)
+        if self.downsample == "tokens":                                     # put the parts back: (N, H/2, 2, W/2, 2, D)
+            out = out.unflatten(0, (-1, 2, 2)).unflatten(3, (x.shape[1] // 2, -1)).permute(0, 3, 1, 4, 2, 5)
+        return linear(out.reshape(x.shape), self.to_out)                    # (N, H, W, D)
+
+
+class Block(nn.Module):
+    """Two pairs of attention and FFN, each adaLN-Zero, x += gate f((1 + scale) LayerNorm(x) + shift), on (N, H, W, D).
+
+    FFN: 1x1 convolution D -> 2D, exact GELU, depthwise 5x5 convolution if ffn_conv, 1x1 convolution 2D -> D.
+    """
+
+    def __init__(self, width, attention, ffn_conv, reparam):
+        super().__init__()
+        middle, sizes = [width] * reparam, {"0": 5, "1": 3, "2": 1} if reparam else {"0": 5}
+        for i in "12":
+            self.add_module(f"attn{i}", Attention(width, **attention))
+            self.add_module(f"mlp{i}", nn.Sequential(OrderedDict(
+                project_in=Pointwise(width, *middle, 2 * width), gelu=nn.GELU(),
+                dwconv=Depthwise(2 * width, sizes, shortcut=reparam) if ffn_conv else nn.Identity(),
+                project_out=Pointwise(2 * width, *middle, width))))
+            self.add_module(f"adaLN_modulation{i}", nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)))
+
+    def forward(self, x, c):
+        for attn, mlp, modulation in [(self.attn1, self.mlp1, self.adaLN_modulation1),
+                                      (self.attn2, self.mlp2, self.adaLN_modulation2)]:
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation(c)[:, None, None].chunk(6, dim=-1)  # (N, 1, 1, D)
+            x = torch.addcmul(x, gate1, attn(modulate(x, shift1, scale1)))
+            x = torch.addcmul(x, gate2, mlp(modulate(x, shift2, scale2)))
+        return x
+
+
+class UDiT(nn.Module):
+    """The U-DiT network: predicts the noise in x_t and, with learn_sigma, where its variance lies in the allowed range.
+
+    image_size    int, or (height, width), in latent cells or pixels; each a multiple of 8
+    in_channels   C of the input, and of the noise
+    width         D; the five stages are D, 2D, 4D, 2D, 2D wide
+    depths        blocks of the five stages; a block is two pairs of attention and FFN
+    heads         of every attention; D must be a multiple of it
+    num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes)
+    null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
+    learn_sigma   C more channels of output
+    downsample    "tokens": attention in four subgrids (the paper's); "kv": of all tokens to 2 x 2 cells; "none": of all
+                  tokens to all. DiT-UNet is downsample="none" and VANILLA
+    downsampler   before that: "shortcut", x plus a depthwise convolution of it; "conv", without x; "shuffle", nothing
+    cosine        trick 1: cosine attention with a learned scale, or scaled dot products
+    rotary        trick 2: 2-d rotary positions, or none
+    ffn_conv      trick 3: a depthwise convolution in the FFN, or none
+    reparam       trick 4: in the FFN each 1x1 is two in a row, the 5x5 is 5x5 + 3x3 + 1x1 + identity; or plain
+    checkpoint    recompute every block's activations in the backward pass: less memory for a third more time
+    Raises ValueError where these do not fit together.
+    """
+
+    def __init__(self, image_size=32, in_channels=4, width=96, depths=(2, 5, 8, 5, 2), heads=4, num_classes=0,
+                 null_class=True, learn_sigma=True, downsample="tokens", downsampler="shortcut", cosine=True,
+                 rotary=True, ffn_conv=True, reparam=True, checkpoint=False):
+        super().__init__()
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        for wrong, message in [
+            (any(s < 8 or s % 8 for s in self.image_size), f"image_size {self.image_size} is not a multiple of 8"),
+            (width % heads or width % 2, f"width {width} is not a multiple of heads {heads} (and of 2)"),
+            (rotary and width // heads % 4, f"width / heads is {width // heads}, but rotary needs a multiple of 4"),
+            (len(depths) != 5, f"depths {depths} is not one number for each of five stages"),
+            (downsample not in ("tokens", "kv", "none"), f"downsample {downsample!r} is none of tokens, kv, none"),
+            (downsampler not in ("shortcut", "conv", "shuffle"), f"{downsampler!r} is none of shortcut, conv, shuffle"),
+        ]:
+            if wrong:
+                raise ValueError(f"UDiT: {message}")
+        self.in_channels, self.checkpoint = in_channels, checkpoint
+        self.label_rows = num_classes + null_class if num_classes else 0
+        attention = dict(heads=heads, downsample=downsample, downsampler=downsampler, cosine=cosine, rotary=rotary)
+
+        def stage(depth, times, shrink):                                    # times * D wide, H/shrink x W/shrink
+            choices = {"grid": [side // shrink for side in self.image_size], **attention}
+            return nn.ModuleList(Block(times * width, choices, ffn_conv, reparam) for _ in range(depth))
+
+        def resample(d, out):                                               # 2 x 2 tokens into channels, or back
+            conv = nn.Conv2d(d, out, kernel_size=3, padding=1, bias=False)
+            return nn.ModuleDict({"body": nn.Sequential(conv, nn.PixelUnshuffle(2) if out < d else nn.PixelShuffle(2))})
+
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, kernel_size=3, padding=1)})
+        for i, d in (1, width), (2, 2 * width), (3, 4 * width):             # conditions, for each width its own
+            mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+            self.add_module(f"t_embedder_{i}", nn.ModuleDict({"mlp": mlp}))
+            table = nn.ModuleDict({"embedding_table": nn.Embedding(self.label_rows, d)}) if num_classes else None
+            self.add_module(f"y_embedder_{i}", table)
+        self.encoder_level_1 = stage(depths[0], 1, 1)
+        self.down1_2, self.encoder_level_2 = resample(width, width // 2), stage(depths[1], 2, 2)
+        self.down2_3, self.latent = resample(2 * width, width), stage(depths[2], 4, 4)
+        self.up3_2, self.reduce_chan_level2 = resample(4 * width, 8 * width), nn.Conv2d(4 * width, 2 * width, 1)
+        self.decoder_level_2 = stage(depths[3], 2, 2)
+        self.up2_1, self.reduce_chan_level1 = resample(2 * width, 4 * width), nn.Conv2d(2 * width, 2 * width, 1)
+        self.decoder_level_1, self.output = stage(depths[4], 2, 1), nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        out_proj = nn.Conv2d(2 * width, (1 + learn_sigma) * in_channels, kernel_size=3, padding=1)
+        modulation = nn.Sequential(nn.SiLU(), nn.Linear(2 * width, 4 * width))
+        self.final_layer = nn.ModuleDict({"out_proj": out_proj, "adaLN_modulation": modulation})
+        self.initialise()
+
+    def initialise(self):
+        """As DiT: Xavier for Linear and stem, normal (0.02) for conditions, zero for their biases, adaLN and head."""
+        for name, p in self.named_parameters():
+            dense = "to_q" in name or "to_kv" in name or "embedder" in name
+            if "adaLN" in name or "final_layer" in name or dense and p.ndim == 1:
+                nn.init.zeros_(p)
+            elif "embedder_" in name:                                       # t_embedder_1, y_embedder_1, ...
+                nn.init.normal_(p, std=0.02)
+            elif dense:
+                nn.init.xavier_uniform_(p.data.flatten(1))
+
+    def forward(self, x, t, y=None):
+        """x (N, C, H, W), t (N,) DDPM index 0..999, y None | (N,) int64 -> (N, 2C, H, W), or C without learn_sigma."""
+        self.check(x, t, y)
+        time = timestep_embedding(t, 256).to(x.dtype)                       # (N, 256)
+        c1, c2, c3 = (getattr(self, f"t_embedder_{i}").mlp(time).to(x.dtype) for i in "123")   # D, 2D, 4D wide
+        if self.label_rows:
+            c1, c2, c3 = (c + getattr(self, f"y_embedder_{i}").embedding_table(y) for i, c in zip("123", (c1, c2, c3)))
+
+        x = spatial(self.x_embedder.proj, x.permute(0, 2, 3, 1).contiguous())
+        skip1 = self.run(self.encoder_level_1, x, c1)                       # (N, H, W, D)
+        skip2 = self.run(self.encoder_level_2, spatial(self.down1_2.body, skip1), c2)       # (N, H/2, W/2, 2D)
+        x = self.run(self.latent, spatial(self.down2_3.body, skip2), c3)    # (N, H/4, W/4, 4D)
+        x = torch.cat([spatial(self.up3_2.body, x), skip2], dim=-1)         # (N, H/2, W/2, 4D)
+        x = self.run(self.decoder_level_2, linear(x, self.reduce_chan_level2), c2)          # (N, H/2, W/2, 2D)
+        x = torch.cat([spatial(self.up2_1.body, x), skip1], dim=-1)         # (N, H, W, 2D)
+        x = self.run(self.decoder_level_1, linear(x, self.reduce_chan_level1), c2)
+        shift, scale = self.final_layer.adaLN_modulation(c2)[:, None, None].chunk(2, dim=-1)
+        x = modulate(spatial(self.output, x), shift, scale).permute(0, 3, 1, 2)             # (N, 2D, H, W)
+        return self.final_layer.out_proj(x).contiguous()                    # (N, 2C, H, W)
+
+    def run(self, blocks, x, c):
+        """A stage. The residual stream has the type of c, the network's input, even under autocast."""
+        x = x.to(c.dtype)
+        for block in blocks:
+            x = recompute(block, x, c, use_reentrant=False) if self.checkpoint else block(x, c)
+        return x
+
+    @torch.no_grad()
+    def fold(self):
+        """A copy for inference, its convolutions merged in float64; UDiT(reparam=False, downsampler="conv") fits it."""
+        network = copy.deepcopy(self)
+        for module in list(network.modules()):
+            if isinstance(module, (Pointwise, Depthwise)):
+                (_, first), *others = module.named_children()
+                dtype, merged = first.weight.dtype, module.double().merge()
+                first.weight, first.bias = (nn.Parameter(p.to(dtype)) for p in merged)
+                module.shortcut = False
+                for name, _ in others:
+                    delattr(module, name)
+        return network
+
+    def check(self, x, t, y):
+        """Raise ValueError, in one line, where the inputs are not those of forward."""
+        n, expected = x.shape[0], (self.in_channels, *self.image_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"UDiT: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
+        if tuple(t.shape) != (n,):
+            raise ValueError(f"UDiT: t has shape {tuple(t.shape)}, expected ({n},): one time for each image")
+        given = "none" if y is None else f"shape {tuple(y.shape)} of {y.dtype}"
+        if self.label_rows and (y is None or tuple(y.shape) != (n,) or y.is_floating_point()):
+            raise ValueError(f"UDiT: y must be ({n},) integer labels in [0, {self.label_rows}), got {given}")
+        if y is not None and not self.label_rows:
+            raise ValueError(f"UDiT: the model is unconditional (num_classes=0), but y is {given}")
+
+
+def preset(**size):
+    """A function of overrides that builds a UDiT of this size; an argument that UDiT does not know raises TypeError."""
+    return lambda **overrides: UDiT(**{**size, **overrides})
+
+
+# The paper's sizes, with the released code's settings: name -> function(**overrides) -> UDiT.
+VANILLA = dict(cosine=False, rotary=False, ffn_conv=False, reparam=False)   # MODELS["udit_s"](**VANILLA): no tricks
+MODELS = {
+    "udit_tiny": preset(width=32, depths=(1, 1, 1, 1, 1), heads=4),         # 16x16 images on a laptop CPU
+    "udit_s": preset(width=96, heads=4),
+    "udit_b": preset(width=192, heads=8),
+    "udit_l": preset(width=384, heads=16),
+}
