@@ -119,10 +119,10 @@ def open_source(args, device):
         config, name, path, step, names = train.recipe(args.model, args.data), args.model, args.weights, None, []
         weights = read_weights(path, args.raw)
         rows = [len(w) for key, w in weights.items() if key.endswith(("label_emb.weight", "embedding_table.weight"))]
-        channels = [w.shape[1] for key, w in weights.items() if key.endswith(("embed.proj.weight", "embedder.proj.weight"))]
+        stem = [w for key, w in weights.items() if key in ("patch_embed.proj.weight", "x_embedder.proj.weight")]
         null_row = config["label_dropout"] > 0      # whoever dropped labels has a row for the null label
         size = args.image_size or data.IMAGE_SIZE.get(args.data, 64)
-        shape = (channels[0] if channels else 3, size, size)
+        shape = (stem[0].shape[1] if stem else 3, size, size)
         arguments = dict(image_size=size, in_channels=shape[0], num_classes=rows[0] - null_row if rows else 0,
                          null_class=null_row)
     model = train.build(name, arguments)

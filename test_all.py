@@ -1107,7 +1107,7 @@ def command(script, *arguments):
 
 
 def shell(*arguments, timeout=600, **environment):
-    """Run a command in a process of its own, in an empty folder's stead the repository's."""
+    """Run Python in a process of its own, in the repository's folder, on one thread unless told otherwise."""
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 

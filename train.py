@@ -180,17 +180,21 @@ class Processes:
                 raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found; "
                                  "start fewer processes, or use --device cpu")
             torch.cuda.set_device(local)
+            torch.set_float32_matmul_precision("high")      # TF32 where float32 remains
         self.device = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
         if self.distributed:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         self.signal = 0
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self.remember)
 
-    def remember(self, number, frame):
-        if self.signal == number == signal.SIGINT:
-            raise KeyboardInterrupt     # pressed twice: at once
-        self.signal = number
+    def catch_signals(self):
+        """From now on SIGTERM and ctrl-C only set a flag, so that a step can end; ctrl-C twice still ends at once."""
+        def remember(number, frame):
+            if self.signal == number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, remember)
 
     def stop_requested(self):
         """The signal (SIGTERM, SIGINT) that any process got, or 0; the same answer on every process."""
@@ -333,7 +337,6 @@ def main(argv=None):
     if micro * config.accumulate * here.world != config.batch_size:
         raise ValueError(f"--batch-size {config.batch_size} does not divide by {here.world} processes x "
                          f"--accumulate {config.accumulate}")
-    torch.set_float32_matmul_precision("high")  # TF32 where float32 remains, on a GPU
 
     # Data, model, optimiser
     dataset = data.load(config.data, config.data_dir, config.image_size)
@@ -391,6 +394,7 @@ def main(argv=None):
     loss_sum, logged_step = torch.zeros((), device=device), start
     skipped = skipped_in_a_row = torch.zeros((), device=device)     # on the device: reading them would wait for it
     clock = time.perf_counter()
+    here.catch_signals()
     stop, step = 0, start
     while step < config.steps and not stop:
         # Everything random in this step, for the whole batch; this process uses its rows.
