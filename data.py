@@ -9,7 +9,10 @@ CIFAR10 once takes seconds and a batch is one gather. Larger sets are read by Da
 
 Order is a function of (seed, epoch) alone (`shuffled`), so that a run can be resumed or split over processes exactly.
 """
+import math
 import os
+import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,6 +34,8 @@ def load(name, data_dir=None, image_size=None):
     image_size  height and width of the images (default IMAGE_SIZE)
     Raises ValueError or FileNotFoundError, in one line, where there is nothing of that name or it can not be read.
     """
+    if data_dir and not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"--data-dir {data_dir}: no such folder")
     if name in DATASETS:
         return DATASETS[name](data_dir=data_dir, image_size=image_size)
     if Path(name).is_dir():
@@ -45,22 +50,16 @@ def load(name, data_dir=None, image_size=None):
 # What a data set is
 
 
-class ImagesInMemory:
-    """uint8 images (N, C, H, W) with labels (N,) int64, or None, held on the training device."""
+class Images:
+    """What both kinds share: shape (C, H, W) of an image, class names, labels (N,) int64 or None, and `prepare`.
 
-    def __init__(self, images, labels=None, class_names=(), flip=True):
-        self.images, self.labels, self.class_names, self.flip = images, labels, tuple(class_names), flip
-        self.shape, self.num_classes = tuple(images.shape[1:]), len(self.class_names)
+    A kind has `batches(order, device, workers)`: for each array of indices in `order`, images uint8 (n, C, H, W) and
+    labels (n,) or None, on `device`.
+    """
 
-    def __len__(self):
-        return len(self.images)
-
-    def batches(self, order, device, workers=0):
-        """For each array of indices in `order`: (images uint8 (n, C, H, W), labels (n,) or None), on `device`."""
-        images, labels = self.images.to(device), None if self.labels is None else self.labels.to(device)
-        for index in order:
-            index = torch.as_tensor(index).to(device, non_blocking=True)
-            yield images[index], None if labels is None else labels[index]
+    def __init__(self, shape, labels, class_names, flip):
+        self.shape, self.labels, self.class_names, self.flip = tuple(shape), labels, tuple(class_names), flip
+        self.num_classes = len(self.class_names)
 
     def draws(self, n, generator):
         """The random numbers that `prepare` needs for n images: whether each is mirrored, (n,) bool."""
@@ -72,12 +71,35 @@ class ImagesInMemory:
         return torch.where(mirror[:, None, None, None], x.flip(-1), x) if self.flip else x
 
 
-class ImagesOnDisk(ImagesInMemory):
-    """The same interface for image files that are read when they are needed, by `workers` processes."""
+class ImagesInMemory(Images):
+    """uint8 images (N, C, H, W), held on the training device."""
+
+    def __init__(self, images, labels=None, class_names=(), flip=True):
+        super().__init__(images.shape[1:], labels, class_names, flip)
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def batches(self, order, device, workers=0):
+        images, labels = self.images.to(device), None if self.labels is None else self.labels.to(device)
+        for index in order:
+            index = torch.as_tensor(index).to(device, non_blocking=True)
+            yield images[index], None if labels is None else labels[index]
+
+
+def ignore_signals(worker):
+    """A SIGTERM or ctrl-C for all processes is the main one's business: it saves, and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class ImagesOnDisk(Images):
+    """Image files that are read when they are needed, by `workers` processes."""
 
     def __init__(self, files, labels, class_names, image_size, flip=True):
-        self.files, self.labels, self.class_names, self.flip = files, labels, tuple(class_names), flip
-        self.image_size, self.shape, self.num_classes = image_size, (3, image_size, image_size), len(self.class_names)
+        super().__init__((3, image_size, image_size), labels, class_names, flip)
+        self.files, self.image_size = files, image_size
 
     def __len__(self):
         return len(self.files)
@@ -97,8 +119,9 @@ class ImagesOnDisk(ImagesInMemory):
         return torch.stack(images), torch.tensor(labels)
 
     def batches(self, order, device, workers=0):
-        loader = torch.utils.data.DataLoader(self, batch_sampler=order, num_workers=workers, collate_fn=self.collate,
-                                             pin_memory=torch.device(device).type == "cuda")
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=order, num_workers=workers, collate_fn=self.collate, worker_init_fn=ignore_signals,
+            pin_memory=torch.device(device).type == "cuda")
         for batch in loader:
             if isinstance(batch, ValueError):
                 raise batch
@@ -134,7 +157,7 @@ def read_image(path, size):
         if image.mode.startswith("I"):                                      # 16 bits: Pillow would clip, not scale
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:      # OSError, SyntaxError, struct.error, DecompressionBombError, ..
         raise ValueError(f"{path}: not a readable image ({error}); repair or remove it") from None
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -151,10 +174,11 @@ def list_images(root):
 
     Raises ValueError where there is no image, a class without one, or images beside class folders.
     """
-    suffixes = set(Image.registered_extensions())
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
     def images_below(folder, pattern):
-        return sorted(p for p in folder.glob(pattern) if p.suffix.lower() in suffixes and p.is_file())
+        return sorted(p for p in folder.glob(pattern)
+                      if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file())
 
     root = Path(root)
     if not root.is_dir():
@@ -183,10 +207,13 @@ def folder(root, image_size, flip=True):
     files, labels, names = list_images(root)
     if len(files) * 3 * image_size**2 > IN_MEMORY:
         return ImagesOnDisk(files, labels, names, image_size, flip)
-    read = partial(read_image, size=image_size)
+    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(tqdm(pool.map(read, files), total=len(files), desc=f"reading {root}", unit="image", leave=False))
-    return ImagesInMemory(torch.stack(images), labels, names, flip)
+        read = pool.map(partial(read_image, size=image_size), files)
+        for i, image in enumerate(tqdm(read, total=len(files), desc=f"reading {root}", unit="image", leave=False,
+                                       mininterval=0.1 if sys.stderr.isatty() else 10)):
+            images[i] = image
+    return ImagesInMemory(images, labels, names, flip)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +311,19 @@ def to_uint8(x):
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(images, path, columns):
-    """uint8 images (N, 3, H, W) -> one picture, `columns` to a row, in a file of the type that its name says."""
+def save_grid(images, path, rows=0):
+    """uint8 images (N, 3, H, W) -> one picture, in a file of the type that its name says.
+
+    rows = 0: about square. Otherwise image i goes into row i % rows: one row for each of so many labels in turn.
+    Raises ValueError where the images have other than 3 channels.
+    """
+    if images.shape[1] != 3:
+        raise ValueError(f"{path}: a picture needs 3 channels, these images have {images.shape[1]} (latents?)")
+    columns = math.ceil(len(images) / rows if rows else len(images) ** 0.5)
+    if rows:
+        places = torch.full((rows, columns, *images.shape[1:]), 255, dtype=torch.uint8)
+        for i, image in enumerate(images.cpu()):
+            places[i % rows, i // rows] = image
+        images = places.flatten(0, 1)
     grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)

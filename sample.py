@@ -5,18 +5,19 @@
     python sample.py --model uvit_s2 --weights cifar10_uvit_small.pth --data cifar10 --out grid.png
 
 --out decides the form: a .png grid (a row for each label), an .npz (arr_0: uint8 (N, H, W, 3), arr_1: labels), or a
-folder of PNGs. Image i depends on the seed, i and its label alone, not on the batch size or the number of processes.
-(The lone "--" keeps a recent torchrun from taking --num for an abbreviation of its own --numa-binding.)
+folder of PNGs. Image i depends on the seed, i and its label, not on the batch size or the number of processes (up to
+rounding: for another batch, kernels add in another order). The lone "--" keeps a recent torchrun from taking --num for
+an abbreviation of its own --numa-binding.
 """
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ def parse(argv=None):
     add("--image-size", type=int, metavar="PIXELS", help="with --weights: 32 for cifar10, 16 for shapes, else 64")
     add("--raw", action="store_true", help="the weights themselves, not their moving average (EMA)")
     add = p.add_argument_group("what to sample").add_argument
-    add("--num", type=int, metavar="N", help="images (default 64, or 8 for each of --labels)")
+    add("--num", type=int, metavar="N", help="images (default 64, or 8 for each label of --labels or a grid)")
     add("--labels", metavar="L,L,..", help="classes by number or name, taken in turn (default: all; ten for a grid)")
     add("--cfg", type=float, metavar="W",
         help="guidance weight of eps_u + W (eps_c - eps_u); 1 is none, U-ViT's s is W - 1")
@@ -57,9 +58,7 @@ def parse(argv=None):
         raise ValueError("give either --ckpt (a run's checkpoint), or --weights with --model and --data")
     if args.weights and not (args.model and args.data):
         raise ValueError("--weights needs --model and --data: which network it is, and what it was trained on")
-    for flag in ("num", "batch_size", "steps"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+    train.check_bounds(vars(args))
     args.amp = args.amp or ("bf16" if args.device == "cuda" else "off")
     return args
 
@@ -69,24 +68,29 @@ def parse(argv=None):
 
 
 def read_weights(path, raw=False):
-    """A file of weights -> {name: tensor}, from a bare state dict or one under "ema", "model" or "state_dict".
+    """A file of weights -> ({name: tensor}, its key), from a bare state dict or one under "ema", "model", "state_dict".
 
-    Prefixes left by wrappers ("module.", "_orig_mod.") are taken off. Raises FileNotFoundError, or ValueError where the
-    file is something else; a pickle with code in it is refused, not run.
+    raw prefers "model" to "ema". Prefixes left by wrappers ("module.", "_orig_mod.") are taken off. Raises
+    FileNotFoundError, or ValueError where the file is something else; a pickle with code in it is refused, not run.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):    # DiT's own checkpoints keep their flags in one
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, OSError):
+        raise                       # the machine's fault, not the file's
     except Exception as error:      # whatever torch makes of arbitrary bytes
-        raise ValueError(f"{path}: not a file of weights alone, or damaged ({str(error).splitlines()[0]})") from None
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split(". ")[0].splitlines()[0]
+        raise ValueError(f"{path}: not a file of weights alone, or damaged ({reason})") from None
+    found = "bare"
     for key in ("model", "ema", "state_dict") if raw else ("ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+            state, found = state[key], key
             break
     if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
         raise ValueError(f"{path}: holds no state dict (names and tensors, bare or under 'ema', 'model', 'state_dict')")
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}, found
 
 
 def load_weights(model, state, path):
@@ -113,11 +117,15 @@ def open_source(args, device):
     if args.ckpt:
         state = train.read_checkpoint(args.ckpt)
         config, arguments, step = state["config"], state["model_args"], state["step"]
-        weights, names, shape = state["model" if args.raw else "ema"], state["class_names"], tuple(state["shape"])
+        key = "model" if args.raw else "ema"
+        weights, names, shape = state[key], state["class_names"], tuple(state["shape"])
         name, path = config["model"], args.ckpt
     else:
-        config, name, path, step, names = train.recipe(args.model, args.data), args.model, args.weights, None, []
-        weights = read_weights(path, args.raw)
+        if args.data not in data.DATASETS and not Path(args.data).is_dir():
+            raise ValueError(f"--data {args.data}: no recipe of that name; {', '.join(data.DATASETS)}, or a folder")
+        config = train.recipe(args.model, args.data if args.data in data.DATASETS else "folder")
+        name, path, step, names = args.model, args.weights, None, []
+        weights, key = read_weights(path, args.raw)
         rows = [len(w) for key, w in weights.items() if key.endswith(("label_emb.weight", "embedding_table.weight"))]
         stem = [w for key, w in weights.items() if key in ("patch_embed.proj.weight", "x_embedder.proj.weight")]
         null_row = config["label_dropout"] > 0      # whoever dropped labels has a row for the null label
@@ -135,7 +143,7 @@ def open_source(args, device):
     return SimpleNamespace(
         model=model.to(device).eval(), schedule=diffusion.SCHEDULES[config["schedule"]](), shape=shape,
         num_classes=classes, class_names=names, null=classes if classes and arguments["null_class"] else None,
-        path=path, step=step, weights="raw" if args.raw else "EMA",
+        path=path, step=step, weights={"ema": "EMA", "model": "raw"}.get(key, "as they are"),
         settings=dict(sampler=setting(args.sampler, "sampler"), steps=setting(args.steps, "sample_steps"),
                       w=setting(args.cfg, "cfg"), channels=args.cfg_channels, clip=setting(args.clip_x0, "clip_x0"),
                       seed=args.seed))
@@ -178,24 +186,14 @@ def sampled(source, labels, num, batch_size, here, amp=False):
             bar.update(len(indices))
 
 
-def arrange(images, labels):
-    """A grid's order: one row for each label, filled up with white. Returns (images, columns)."""
-    if not labels:
-        return images, math.ceil(len(images) ** 0.5)
-    columns = math.ceil(len(images) / len(labels))
-    rows = torch.full((len(labels), columns, *images.shape[1:]), 255, dtype=torch.uint8)
-    for row in range(len(labels)):
-        own = images[row::len(labels)]
-        rows[row, :len(own)] = own
-    return rows.flatten(0, 1), columns
-
-
 def main(argv=None):
     args = parse(argv)
     here = train.Processes(args.device)
     source = open_source(args, here.device)
     out = Path(args.out)
-    form = out.suffix if out.suffix in (".png", ".npz") else "folder"
+    form = out.suffix.lower() or "folder"
+    if form not in (".png", ".npz", "folder"):
+        raise ValueError(f"--out {out}: give a name that ends in .png or .npz, or a folder's without a dot")
     settings = source.settings
     if settings["w"] != 1 and source.null is None:
         raise ValueError(f"--cfg {settings['w']}: {source.path} has no null label to guide with; leave it at 1")
@@ -204,43 +202,41 @@ def main(argv=None):
         labels = parse_labels(args.labels, source)
     elif form == ".png" and len(labels) > 10:
         labels = labels[::math.ceil(len(labels) / 10)]
-    num = args.num or (8 * len(labels) if labels else 64)
+    num = args.num or (8 * len(labels) if labels and (args.labels or form == ".png") else 64)
     if form == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder; images would be mixed up")
+    if form == ".npz" and out.exists():
+        raise ValueError(f"--out {out}: exists already; remove it or give another name")
     out.parent.mkdir(parents=True, exist_ok=True)
 
     # Every process writes its rows into one file on disk, which the first one then puts into form.
     part = out.with_name(out.name + ".part.npy")
-    shape = (num, *source.shape)
     if form == "folder":
         out.mkdir(exist_ok=True)
     elif here.rank == 0:
-        np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-    if here.distributed:
-        dist.barrier()
-    for indices, images in sampled(source, labels, num, args.batch_size, here, args.amp == "bf16"):
-        if form == "folder":
-            for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
-                Image.fromarray(image).save(out / f"{i:06d}.png")
-        else:
-            rows = np.load(part, mmap_mode="r+")
-            rows[indices.start:indices.stop] = images.numpy()
-            rows.flush()
-    if here.distributed:
-        dist.barrier()
-
-    if here.rank == 0:
-        if form != "folder":
-            images = np.load(part, mmap_mode="r")
-            if form == ".npz":
-                y = dict(arr_1=np.array([labels[i % len(labels)] for i in range(num)])) if labels else {}
-                np.savez(out, arr_0=images.transpose(0, 2, 3, 1), **y)
+        np.lib.format.open_memmap(part, "w+", np.uint8, (num, *source.shape))
+    here.highest()      # wait for one another
+    try:
+        for indices, images in sampled(source, labels, num, args.batch_size, here, args.amp == "bf16"):
+            if form == "folder":
+                for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
+                    Image.fromarray(image).save(out / f"{i:06d}.png")
             else:
-                images, columns = arrange(torch.from_numpy(np.array(images)), labels)
-                data.save_grid(images, out, columns)
-            part.unlink()
+                rows = np.load(part, mmap_mode="r+")
+                rows[indices.start:indices.stop] = images.numpy()
+                rows.flush()
+        here.highest()
+        if here.rank == 0 and form == ".npz":
+            y = dict(arr_1=np.array([labels[i % len(labels)] for i in range(num)])) if labels else {}
+            np.savez(out, arr_0=np.load(part, mmap_mode="r").transpose(0, 2, 3, 1), **y)
+        elif here.rank == 0 and form == ".png":
+            data.save_grid(torch.from_numpy(np.load(part)), out, len(labels))
+    finally:
+        if here.rank == 0:
+            part.unlink(missing_ok=True)
+    if here.rank == 0:
         step = "" if source.step is None else f", step {source.step}"
-        print(f"{out}: {num} images from {source.path} ({source.weights}{step}), {settings['sampler']} "
+        print(f"{out}: {num} images from {source.path} (weights {source.weights}{step}), {settings['sampler']} "
               f"{settings['steps']} steps, w {settings['w']:g}, seed {settings['seed']}")
     here.close()
 

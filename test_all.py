@@ -6,6 +6,7 @@
 "As released" means: as the released code of the papers computed it, from weights and inputs that are functions of names and
 seeds (`fill`, `inputs`), so that a few numbers carried over here pin down a whole network or sampler.
 """
+import argparse
 import copy
 import hashlib
 import json
@@ -191,13 +192,17 @@ def test_uvit_condition_matters():
 
 
 def test_uvit_checkpointing_changes_no_gradient():
-    """checkpoint=True recomputes and gives the same gradients, bit for bit."""
+    """checkpoint=True runs every block's forward twice and gives the same gradients, bit for bit."""
     torch.manual_seed(0)
     model = uvit.MODELS["uvit_tiny"](**TINY)
-    x, t, grads = torch.randn(2, 3, 8, 8), torch.rand(2), []
-    for model.checkpoint in (False, True):
+    calls, x, t, grads = [], torch.randn(2, 3, 8, 8), torch.rand(2), []
+    for block in (*model.in_blocks, model.mid_block, *model.out_blocks):
+        block.mlp.fc1.register_forward_hook(lambda *_: calls.append(0))
+    for model.checkpoint, forwards in ((False, 3), (True, 6)):
         model.zero_grad()
+        calls.clear()
         model(x, t).square().mean().backward()
+        assert len(calls) == forwards
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
     assert same(*grads)
 
@@ -1032,6 +1037,16 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     assert image.shape == (3, 8, 8) and image.dtype == torch.uint8 and image.min() >= 253
 
 
+def test_grid_has_a_row_for_each_label(tmp_path):
+    """save_grid puts image i into row i % rows, fills up with white, and refuses what is not a picture."""
+    images = torch.arange(5, dtype=torch.uint8).mul(10).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    data.save_grid(images, tmp_path / "x.png", rows=2)
+    pixels = np.asarray(Image.open(tmp_path / "x.png"))[3::6, 3::6, 0]
+    assert pixels.tolist() == [[0, 20, 40], [10, 30, 255]]
+    with pytest.raises(ValueError, match="needs 3 channels, these images have 4"):
+        data.save_grid(torch.zeros(2, 4, 8, 8, dtype=torch.uint8), tmp_path / "x.png")
+
+
 def test_images_are_cropped_at_the_centre(tmp_path):
     """A wide picture keeps its middle: box-halved, scaled to the short side, cropped."""
     pixels = np.zeros((32, 96, 3), np.uint8)
@@ -1063,10 +1078,10 @@ def test_cifar10_from_torchvision_or_from_folders(tmp_path, monkeypatch):
         data, targets = np.arange(2 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 32, 32, 3), [3, 7]
 
         def __init__(self, root, train, download):
-            assert train and download and str(root) == "somewhere"
+            assert train and download and root == tmp_path
 
     monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", StandIn)
-    dataset = data.load("cifar10", "somewhere")
+    dataset = data.load("cifar10", tmp_path)
     assert dataset.images.shape == (2, 3, 32, 32) and dataset.labels.tolist() == [3, 7] and dataset.class_names[3] == "cat"
     assert (dataset.images[1].permute(1, 2, 0).numpy() == StandIn.data[1]).all()
     for name in data.CIFAR10_CLASSES:
@@ -1078,7 +1093,7 @@ def test_cifar10_from_torchvision_or_from_folders(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", fails)
     with pytest.raises(FileNotFoundError, match=r"no route to host.*cifar-10-python.tar.gz.*--data-dir"):
-        data.load("cifar10", tmp_path / "elsewhere")
+        data.load("cifar10", write_images(tmp_path / "elsewhere"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1160,6 +1175,51 @@ def test_accumulation_changes_nothing_but_memory(run, tmp_path):
         assert one["loss"] == pytest.approx(four["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--clip-grad", "0.01"], ["--sampler", "dpm_solver"]])
+def test_run_with_other_arithmetic(run, tmp_path, flags):
+    """bf16, fp16 with its scaler, and clipped gradients train, draw a grid, and resume; half precision is near float32."""
+    common = [*SMALL, *flags, "--sample-steps", "2", "--sample-every", "3", "--log-every", "2", "--out", str(tmp_path)]
+    train.main([*common, "--steps", "3"])
+    train.main(common)
+    log = log_of(tmp_path)
+    assert [line["step"] for line in log] == [2, 3, 4, 6] and log[-1]["skipped"] == 0
+    assert log[0]["loss"] == pytest.approx(sum(line["loss"] for line in log_of(run)[:2]) / 2, rel=0.02)
+    assert Image.open(tmp_path / "samples" / "0000003.png").size == (8 * 18 + 2, 10 * 18 + 2)
+    weights = [train.read_checkpoint(folder / "checkpoint.pt")["model"] for folder in (tmp_path, run)]
+    assert same(*weights) == (flags[0] == "--sampler")
+
+
+def test_large_folder_trains_through_workers(tmp_path, monkeypatch):
+    """Data too large for memory trains through reading processes as data in memory does, bit for bit."""
+    for name in "ab":
+        write_images(tmp_path / "images" / name, 5, (16, 16), seed=ord(name))
+    common = [*SMALL, "--data", str(tmp_path / "images"), "--image-size", "16", "--workers", "2"]
+    train.main([*common, "--out", str(tmp_path / "memory")])
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    train.main([*common, "--out", str(tmp_path / "disk")])
+    assert same(*(train.read_checkpoint(tmp_path / kind / "checkpoint.pt")["model"] for kind in ("memory", "disk")))
+
+
+def test_long_runs_keep_no_history(tmp_path, monkeypatch):
+    """The average is not recorded by autograd: its parameters need no gradient, or memory would grow with every step."""
+    averages, draw = [], train.draw_grid
+    monkeypatch.setattr(train, "draw_grid", lambda ema, *rest: (averages.extend(ema.parameters()), draw(ema, *rest)))
+    train.main([*SMALL, "--sample-every", "6", "--sample-steps", "1", "--out", str(tmp_path)])
+    assert averages and not any(p.requires_grad or p.grad_fn for p in averages)
+
+
+def test_changed_flags_are_named_and_used(tmp_path, capsys):
+    """A resumed run says which values changed, uses them, and does nothing but say so where it is finished already."""
+    train.main([*SMALL, "--steps", "3", "--out", str(tmp_path)])
+    train.main([*SMALL, "--steps", "3", "--lr", "1", "--out", str(tmp_path)])
+    assert "is at step 3 already" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.004
+    train.main([*SMALL, "--lr", "1e-5", "--weight-decay", "0.5", "--out", str(tmp_path)])
+    assert "changed since step 3: steps 3 -> 6, lr 0.004 -> 1e-05, weight_decay 0.03 -> 0.5" in capsys.readouterr().out
+    group, = train.read_checkpoint(tmp_path / "checkpoint.pt")["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.5 and group["lr"] == 1e-5
+
+
 def test_average_follows_its_formula(tmp_path):
     """After one step the EMA is initial + (1 - min(ema, 1 / 10)) (new - initial)."""
     torch.manual_seed(0)
@@ -1189,7 +1249,7 @@ def test_unconditional_training_ignores_labels(tmp_path):
 
 
 def test_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
-    """A NaN loss is skipped and counted: weights, moments and average stay as they were."""
+    """A NaN loss is skipped and counted: weights and moments stay as they were, the log stays JSON, the average finite."""
     loss, calls = diffusion.VP.loss, []
 
     def planted(self, *given):
@@ -1205,6 +1265,7 @@ def test_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     assert all(torch.isfinite(p).all() for p in three["ema"].values())
     moments = [state["optimizer"]["state"][0] for state in (one, three)]
     assert same(*moments)
+    assert [line["loss"] is None for line in log_of(tmp_path / "three")] == [False, True, True] and three["skipped"] == 2
 
 
 def test_run_that_only_diverges_stops(tmp_path, monkeypatch):
@@ -1231,7 +1292,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(run, tmp_path, caps
 
 
 def test_run_of_damaged_checkpoints_alone_is_not_started_anew(tmp_path):
-    """Where no checkpoint can be read the run says so, now and the next time, rather than begin again over the old one."""
+    """Where no checkpoint can be read the run says so, now and the next time, rather than start over the old one."""
     (tmp_path / "checkpoint.pt").write_bytes(b"torn")
     for _ in range(2):
         with pytest.raises(ValueError, match="no checkpoint can be read"):
@@ -1275,6 +1336,12 @@ def test_sigterm_ends_the_step_and_saves(tmp_path):
     (["--image-size", "18"], "not a multiple of patch_size 4"),
     (["--model-args", "widht=32"], "widht"),
     (["--model-args", "width"], "expected KEY=VALUE"),
+    (["--model-args", "num_classes=5"], "num_classes follows from the data"),
+    (["--model-args", "patch_size=0"], "uvit_tiny: "),
+    (["--label-dropout", "-0.1"], "--label-dropout -0.1: must be 0 to 1"),
+    (["--seed", "-1"], "--seed -1: must be at least 0"),
+    (["--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
+    (["--schedule", "sd"], "is of another run: its schedule is vp, here sd"),
     (["--batch-size", "9", "--accumulate", "2"], "does not divide"),
     (["--batch-size", "0"], "must be at least 1"),
     (["--steps", "-5"], "must be at least 1"),
@@ -1304,6 +1371,17 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @slow
+def test_compiled_training_is_the_same(run, tmp_path):
+    """--compile, also under torchrun with accumulation, gives the losses of the same run without it (1e-4)."""
+    alone = shell("train.py", *SMALL, "--compile", "--out", tmp_path / "one")
+    pair = shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *SMALL, "--compile",
+                 "--accumulate", "2", "--out", tmp_path / "two")
+    assert alone.returncode == pair.returncode == 0, alone.stderr + pair.stderr
+    for out in ("one", "two"):
+        assert [line["loss"] for line in log_of(tmp_path / out)] == pytest.approx([line["loss"] for line in log_of(run)], rel=1e-4)
+
+
+@slow
 def test_main_job_learns_shapes(tmp_path):
     """README's first command learns to draw ten classes of shapes: of 100 samples at least 80 are what was asked for.
 
@@ -1330,6 +1408,7 @@ def test_main_job_learns_shapes(tmp_path):
 
 def sampled(run, out, *arguments):
     """Sample from a run into an npz, and read it: (images (N, H, W, C), labels)."""
+    out.unlink(missing_ok=True)
     assert command("sample.py", "--ckpt", run / "checkpoint.pt", "--steps", 4, "--device", "cpu", "--out", out, *arguments) is None
     with np.load(out) as file:
         return file["arr_0"], file.get("arr_1")
@@ -1364,20 +1443,28 @@ def test_samples_as_grid_and_folder(run, tmp_path):
     assert command(*common, "--out", tmp_path / "folder") is None
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == [f"{i:06d}.png" for i in range(5)]
     assert "not an empty folder" in command(*common, "--out", tmp_path / "folder")
+    (tmp_path / "x.npz").write_bytes(b"hours of work")
+    assert "exists already" in command(*common, "--out", tmp_path / "x.npz")
+    assert "ends in .png or .npz" in command(*common, "--out", tmp_path / "x.jpg")
+    assert (tmp_path / "x.npz").read_bytes() == b"hours of work" and not (tmp_path / "x.jpg").exists()
 
 
 def test_weights_load_in_every_wrapping(tmp_path):
-    """A released file loads bare, under "ema" or "model", with prefixes of wrappers, and gives the same images."""
+    """A released file loads bare, under "ema" or "model", with prefixes of wrappers, with flags of DiT's kind beside it."""
     model = train.build("uvit_s2", dict(width=32, depth=2, heads=2))
     weights = fill(model.state_dict())
-    images = []
-    for state in (weights, {"ema": weights}, {"model": {f"module._orig_mod.{k}": v for k, v in weights.items()}}):
+    for state, key in [(weights, "bare"), ({"ema": weights, "args": argparse.Namespace(lr=1)}, "ema"),
+                       ({"model": {f"module._orig_mod.{k}": v for k, v in weights.items()}}, "model"),
+                       ({"state_dict": {f"_orig_mod.module.{k}": v for k, v in weights.items()}}, "state_dict")]:
         torch.save(state, tmp_path / "w.pth")
-        loaded = sample.read_weights(tmp_path / "w.pth")
+        loaded, found = sample.read_weights(tmp_path / "w.pth")
+        model.load_state_dict({name: torch.zeros_like(value) for name, value in weights.items()})
         sample.load_weights(model, loaded, "w.pth")
-        assert same(model.state_dict(), weights)
-    torch.save({"ema": weights, "model": {k: v + 1 for k, v in weights.items()}}, tmp_path / "w.pth")
-    assert not same(sample.read_weights(tmp_path / "w.pth"), sample.read_weights(tmp_path / "w.pth", raw=True))
+        assert found == key and same(model.state_dict(), weights)
+    other = {k: v + 1 for k, v in weights.items()}
+    torch.save({"ema": weights, "model": other}, tmp_path / "w.pth")
+    assert same(sample.read_weights(tmp_path / "w.pth")[0], weights)
+    assert same(sample.read_weights(tmp_path / "w.pth", raw=True)[0], other)
 
 
 def test_released_uvit_weights_sample_by_their_recipe(tmp_path, monkeypatch):
@@ -1399,8 +1486,8 @@ def test_released_dit_weights_sample_by_their_recipe(tmp_path, monkeypatch, name
     network = train.NETWORKS[name.split("_")[0]]
     monkeypatch.setitem(train.MODELS, name, lambda **given: network(**{**arguments, **given}))
     torch.save(fill(network(**arguments, image_size=16, num_classes=1000).state_dict()), tmp_path / "w.pt")
-    given = sample.parse(["--weights", str(tmp_path / "w.pt"), "--model", name, "--data", "x", "--image-size", "32", "--cfg", "1.5",
-                          "--cfg-channels", "3", "--steps", "2"])
+    given = sample.parse(["--weights", str(tmp_path / "w.pt"), "--model", name, "--data", str(tmp_path), "--image-size", "32",
+                          "--cfg", "1.5", "--cfg-channels", "3", "--steps", "2"])
     source = sample.open_source(given, torch.device("cpu"))
     assert (source.shape, source.num_classes, source.null) == ((4, 32, 32), 1000, 1000)
     assert source.settings["sampler"] == "ddpm" and isinstance(source.schedule, diffusion.DDPM)
@@ -1437,6 +1524,10 @@ class Explosive:
     (["--weights", "bare.pth"], "--weights needs --model and --data"),
     (["--weights", "bare.pth", "--model", "uvit_s9", "--data", "cifar10"], "unknown model 'uvit_s9'"),
     (["--weights", "bare.pth", "--model", "uvit_s2", "--data", "cifar10"], "does not fit the model: "),
+    (["--weights", "bare.pth", "--model", "uvit_s2", "--data", "cifar"], "--data cifar: no recipe of that name"),
+    (["--ckpt", "good.pt", "--seed", "-1"], "--seed -1: must be at least 0"),
+    (["--ckpt", "good.pt", "--sampler", "dpm_solver", "--num", "3", "--labels", "1,-2"], "--labels -2"),
+    (["--ckpt", "good.pt", "--sampler", "ddpm", "--steps", "0"], "--steps 0: must be at least 1"),
     (["--weights", "code.pth", "--model", "uvit_s2", "--data", "cifar10"], "code.pth: not a file of weights alone"),
     (["--weights", "list.pth", "--model", "uvit_s2", "--data", "cifar10"], "list.pth: holds no state dict"),
 ])

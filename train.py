@@ -4,13 +4,14 @@
     torchrun --nproc_per_node=8 train.py --model uvit_s2 --data cifar10     # the paper's recipe
     torchrun --nproc_per_node=8 train.py --model uvit_s4 --data photos/     # your images
 
-Every default is the paper's recipe for that model and data (RECIPES), every value can be overridden, and what is used
-is printed and saved. A run writes --out (default runs/<model>-<data>/): config.json, log.jsonl, samples/<step>.png,
-checkpoint.pt and the one before it, previous.pt. Started again with the same command, it continues where it was.
+Every default is the recipe for that model and data (RECIPES): the paper's, where the paper has that data. Every value
+can be overridden, and what is used is printed and saved. A run writes --out (default runs/<model>-<data>/):
+config.json, log.jsonl, samples/<step>.png, checkpoint.pt and the one before it, previous.pt. Started again with the
+same command, it continues where it was.
 
 Whatever is random in step k (order, mirroring, times, noise, dropped labels) is a function of (seed, k), drawn for the
-whole batch and sliced by process. So N + M steps equal N, a stop, and M more, to the last bit on one device; and a run
-hardly depends on the number of processes (rounding apart).
+whole batch and sliced by process. So N + M steps equal N, a stop, and M more: to the last bit on a CPU, and on a GPU up
+to the order in which its kernels add. Nor does a run depend on the number of processes, rounding apart.
 """
 import argparse
 import ast
@@ -18,8 +19,8 @@ import contextlib
 import copy
 import inspect
 import json
+import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -46,7 +47,7 @@ NETWORKS = {"uvit": uvit.UViT, "dit": dit.DiT, "udit": udit.UDiT}
 # The recipes. A row for each model family and data set; "folder" serves every path given to --data.
 
 DIT = dict(
-    batch_size=256, steps=400_000, warmup=0, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), class_cond=True,
+    batch_size=256, steps=400_000, warmup=0, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), class_cond=None,
     label_dropout=0.1, schedule="ddpm", sampler="ddpm", sample_steps=250)
 RECIPES = {
     # U-ViT, arXiv:2209.12152, appendix B and the released code
@@ -54,7 +55,7 @@ RECIPES = {
         batch_size=128, steps=500_000, warmup=2500, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.999), class_cond=False,
         label_dropout=0.0, schedule="vp", sampler="euler_maruyama", sample_steps=1000),
     ("uvit", "folder"): dict(       # CIFAR10's, with labels where there are class folders, and a faster sampler
-        batch_size=128, steps=500_000, warmup=2500, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.999), class_cond=True,
+        batch_size=128, steps=500_000, warmup=2500, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.999), class_cond=None,
         label_dropout=0.1, schedule="vp", sampler="dpm_solver", sample_steps=50),
     # DiT, arXiv:2212.09748, section 4, and U-DiT, arXiv:2405.02730, section 5
     ("dit", "folder"): DIT,
@@ -67,6 +68,10 @@ RECIPES = {
 }
 COMMON = dict(accumulate=1, ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, log_every=100, sample_every=10_000,
               save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=False)
+BOUNDS = dict(      # flag: (lowest, highest)
+    steps=(1, None), batch_size=(1, None), accumulate=(1, None), lr=(0, None), warmup=(0, None), weight_decay=(0, None),
+    clip_grad=(0, None), ema=(0, 1), label_dropout=(0, 1), image_size=(1, None), workers=(0, None), seed=(0, None),
+    log_every=(1, None), save_every=(1, None), sample_every=(0, None), sample_steps=(1, None), num=(1, None))
 
 
 def recipe(model, dataset):
@@ -75,6 +80,15 @@ def recipe(model, dataset):
         raise ValueError(f"unknown model {model!r}; choose from {', '.join(MODELS)}")
     family = model.split("_")[0]
     return {**COMMON, **RECIPES.get((family, dataset), RECIPES[family, "folder"])}
+
+
+def check_bounds(values):
+    """Raise ValueError where a flag's value ({flag: value}) is outside of BOUNDS."""
+    for flag, (low, high) in BOUNDS.items():
+        value = values.get(flag)
+        if value is not None and not low <= value <= (math.inf if high is None else high):
+            limit = f"at least {low}" if high is None else f"{low} to {high}"
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {limit}")
 
 
 def parse(argv=None):
@@ -88,7 +102,7 @@ def parse(argv=None):
         help=f"{', '.join(data.DATASETS)}, or a folder of images: flat, or one folder for each class")
     add("--data-dir", metavar="DIR", help="where a named data set lies (default data/)")
     add("--image-size", type=int, metavar="PIXELS", help="32 for cifar10, 16 for shapes, 64 for a folder")
-    add("--class-cond", action=yes_no, help="train on the labels")
+    add("--class-cond", action=yes_no, help="train on the labels (default: the recipe's, or wherever there are any)")
     add("--model-args", nargs="*", default=[], metavar="KEY=VALUE",
         help="arguments of the model's constructor, e.g. width=256 depth=8 skip=none")
     add("--schedule", choices=diffusion.SCHEDULES, help="how noise is added")
@@ -125,15 +139,15 @@ def parse(argv=None):
     add("--clip-x0", action=yes_no, help="limit the predicted image to [-1, 1] while sampling")
     given = vars(p.parse_args(argv))
 
+    if given["data"] not in data.DATASETS:
+        given["data"] = str(Path(given["data"]))        # "photos/" and "photos" are one
     named = given["data"] if given["data"] in data.DATASETS else "folder"
     config = {**given, **recipe(given["model"], named), **{k: v for k, v in given.items() if v is not None}}
+    check_bounds(config)
     config["device"] = config["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     config["amp"] = config["amp"] or ("bf16" if config["device"] == "cuda" else "off")
-    config["out"] = config["out"] or f"runs/{config['model']}-{Path(config['data']).name}"
+    config["out"] = config["out"] or f"runs/{config['model']}-{Path(config['data']).resolve().name}"
     config["betas"] = list(config["betas"])
-    for flag in ("steps", "batch_size", "accumulate", "log_every", "save_every", "sample_steps"):
-        if config[flag] < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {config[flag]}: must be at least 1")
     return argparse.Namespace(**config)
 
 
@@ -146,6 +160,9 @@ def model_arguments(config, dataset):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--model-args {item}: expected KEY=VALUE")
+        if key in ("num_classes", "null_class", "checkpoint"):
+            raise ValueError(f"--model-args {item}: {key} follows from the data, --class-cond, --label-dropout and "
+                             "--grad-checkpoint")
         try:
             arguments[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -159,7 +176,7 @@ def build(name, arguments):
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     try:
         return MODELS[name](**arguments)
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError, RuntimeError) as error:
         known = inspect.signature(NETWORKS[name.split("_")[0]]).parameters
         raise ValueError(f"{name}: {error}; its arguments are {', '.join(known)}") from None
 
@@ -172,9 +189,9 @@ class Processes:
     """Where this process stands: rank and world size (0 of 1 without torchrun), and its device."""
 
     def __init__(self, device):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.distributed = "RANK" in os.environ
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.rank, self.world = (int(os.environ[v]) for v in ("RANK", "WORLD_SIZE")) if self.distributed else (0, 1)
+        self.local = local = int(os.environ.get("LOCAL_RANK", 0))
         if device == "cuda":
             if local >= torch.cuda.device_count():
                 raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found; "
@@ -196,13 +213,21 @@ class Processes:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, remember)
 
-    def stop_requested(self):
-        """The signal (SIGTERM, SIGINT) that any process got, or 0; the same answer on every process."""
-        if not self.distributed:
-            return self.signal
-        highest = torch.tensor(self.signal)     # on the CPU, over gloo: the GPU is not waited for
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
+    def highest(self, number=0):
+        """The highest of all processes' numbers, the same on each. All wait here for the last (but not for a GPU)."""
+        highest = torch.tensor(number)          # on the CPU, over gloo
+        if self.distributed:
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
         return int(highest)
+
+    @contextlib.contextmanager
+    def first(self):
+        """Let one process of each machine through ahead of the others, to download what all need."""
+        if self.local:
+            self.highest()
+        yield
+        if not self.local:
+            self.highest()
 
     def mean(self, x):
         """The mean of a tensor over all processes."""
@@ -211,6 +236,7 @@ class Processes:
         return x / self.world
 
     def close(self):
+        self.highest()      # nobody leaves while another still writes: torchrun would end it
         if self.distributed:
             dist.destroy_process_group()
 
@@ -231,10 +257,14 @@ def write_checkpoint(state, path):
     os.replace(temporary, path)
 
 
+class Damaged(ValueError):
+    """A checkpoint that is torn or altered."""
+
+
 def read_checkpoint(path):
     """A checkpoint of train.py, on the CPU, after its checksums were verified.
 
-    Raises FileNotFoundError, or ValueError where the file is torn, altered, or not a checkpoint of train.py.
+    Raises FileNotFoundError, Damaged where it is torn or altered, ValueError where it is not a checkpoint of train.py.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
@@ -244,8 +274,10 @@ def read_checkpoint(path):
         if damaged:
             raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, OSError):
+        raise                       # the machine's fault, not the file's
     except Exception as error:      # whatever zipfile, pickle and torch make of arbitrary bytes
-        raise ValueError(f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from None
+        raise Damaged(f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from None
     if not isinstance(state, dict) or not {"model", "ema", "step", "config", "model_args"} <= state.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py; give a file of weights alone to sample.py --weights")
     return state
@@ -254,7 +286,8 @@ def read_checkpoint(path):
 def resume(out, config, arguments, lead):
     """The state to continue from, or None in a new folder. A damaged checkpoint is named, put aside, and not used.
 
-    Raises ValueError where the folder holds a run of another model or data, or only damaged checkpoints.
+    What changed on the command line since is printed. Raises ValueError where the folder holds a run of another model,
+    data or schedule, or damaged checkpoints alone.
     """
     damaged = list(out.glob("*.damaged"))
     for path in (out / "checkpoint.pt", out / "previous.pt"):
@@ -262,18 +295,22 @@ def resume(out, config, arguments, lead):
             state = read_checkpoint(path)
         except FileNotFoundError:
             continue
-        except ValueError as error:
+        except Damaged as error:
             damaged.append(path.with_suffix(".damaged"))
             if lead:
                 print(f"{error}; kept as {damaged[-1].name}, trying the one before it", file=sys.stderr)
                 os.replace(path, damaged[-1])
             continue
-        here = {"model": config.model, "data": config.data, **arguments}
-        there = {"model": state["config"]["model"], "data": state["config"]["data"], **state["model_args"]}
+        before, now = state["config"], vars(config)
+        here = {**{key: now[key] for key in ("model", "data", "schedule")}, **arguments}
+        there = {**{key: before[key] for key in ("model", "data", "schedule")}, **state["model_args"]}
         for key in {**here, **there}:
             if here.get(key) != there.get(key):
                 raise ValueError(f"{path} is of another run: its {key} is {there.get(key)}, here {here.get(key)}; "
                                  f"give another --out, or remove {out}")
+        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if now[key] != before.get(key)]
+        if changed and lead:
+            print(f"changed since step {state['step']}: {', '.join(changed)}")
         return state
     if damaged:
         raise ValueError(f"{out}: no checkpoint can be read; remove the folder to start anew, or give another --out")
@@ -288,41 +325,48 @@ class Log:
         if not active:
             return
         path = out / "log.jsonl"
-        if path.exists():           # reports of steps that will be taken again, and a line torn by a crash, go
+        if path.exists() and not step:
+            os.replace(path, out / "log.old.jsonl")
+        elif path.exists():         # reports of steps that will be taken again, and a line torn by a crash, go
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+            kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step)
+            path.with_suffix(".tmp").write_text(kept)
+            os.replace(path.with_suffix(".tmp"), path)
         self.file = open(path, "a", buffering=1)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(out, purge_step=step + 1)
 
     def write(self, step, **values):
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}     # JSON has no NaN
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.board:
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+                self.board.add_scalar(name, math.nan if value is None else value, step)
+            self.board.flush()
 
 
 def memory_gb(device):
     """Most memory used so far, in GB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
+    import resource     # Linux and macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 def draw_grid(model, schedule, config, dataset, null, device, path):
-    """A grid of samples at fixed noise: one column for each class (ten at most), or 8 x 8 without labels."""
+    """A grid of samples at fixed noise: one row for each class (ten at most), or 8 x 8 without labels."""
     classes = dataset.num_classes if config.class_cond else 0
-    columns = min(classes, 10) or 8
-    indices = range(8 * columns)
-    y = torch.tensor([i % columns * classes // columns for i in indices], device=device) if classes else None
+    rows = min(classes, 10)
+    indices = range(8 * (rows or 8))
+    y = torch.tensor([i % rows * classes // rows for i in indices], device=device) if classes else None
     # A grid should cost seconds: DPM-Solver in 50 evaluations where the run's own sampler takes more than 100.
     sampler, steps = (config.sampler, config.sample_steps) if config.sample_steps <= 100 else ("dpm_solver", 50)
     images = diffusion.generate(model, schedule, dataset.shape, indices, y, null, sampler=sampler, steps=steps,
                                 w=config.cfg, clip=config.clip_x0, seed=config.seed, device=device)
     path.parent.mkdir(exist_ok=True)
-    data.save_grid(data.to_uint8(images), path, columns)
+    data.save_grid(data.to_uint8(images), path, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,8 +383,12 @@ def main(argv=None):
                          f"--accumulate {config.accumulate}")
 
     # Data, model, optimiser
-    dataset = data.load(config.data, config.data_dir, config.image_size)
-    config.class_cond = config.class_cond and dataset.num_classes > 0
+    with here.first():
+        dataset = data.load(config.data, config.data_dir, config.image_size)
+    if config.class_cond is None:
+        config.class_cond = dataset.num_classes > 0
+    if config.class_cond and not dataset.num_classes:
+        raise ValueError(f"--class-cond: {config.data} has no labels (a folder for each class would give them)")
     config.label_dropout = config.label_dropout if config.class_cond else 0.0
     arguments = model_arguments(config, dataset)
     null = arguments["num_classes"] if config.label_dropout else None
@@ -357,15 +405,23 @@ def main(argv=None):
     autocast = torch.autocast(device.type, half, enabled=config.amp != "off")
 
     # Continue, if there is something to continue
-    out, start = Path(config.out), 0
+    out, start, skipped = Path(config.out), 0, 0
     state = resume(out, config, arguments, lead)
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start = state["step"]
+        for group in optimizer.param_groups:    # it brought the values of then: those of now count
+            group["betas"], group["weight_decay"] = tuple(config.betas), config.weight_decay
+        if state["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        start, skipped = state["step"], state["skipped"]
         del state
+    if here.highest(start) != -here.highest(-start):
+        raise ValueError(f"the processes found different checkpoints in {out}: all machines must see the same folder")
+    if start >= config.steps:
+        here.close()
+        return print(f"{out} is at step {start} already; for more give a larger --steps") if lead else None
     if lead:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
@@ -381,7 +437,8 @@ def main(argv=None):
     if here.distributed:
         # static_graph saves bookkeeping in each step, but fails (torch 2.15) if the first pass is one without a sync.
         network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                          gradient_as_bucket_view=True, static_graph=config.accumulate == 1)
+                                          broadcast_buffers=False, gradient_as_bucket_view=True,
+                                          static_graph=config.accumulate == 1)
     rows = slice(here.rank * share, (here.rank + 1) * share)
     order = (part for step in range(start, config.steps) for part in np.split(
         data.shuffled(len(dataset), config.seed, step * config.batch_size, config.batch_size)[rows], config.accumulate))
@@ -391,8 +448,9 @@ def main(argv=None):
     bar = tqdm(total=config.steps, initial=start, unit="step", disable=not lead,
                mininterval=1 if sys.stderr.isatty() else 30)
 
-    loss_sum, logged_step = torch.zeros((), device=device), start
-    skipped = skipped_in_a_row = torch.zeros((), device=device)     # on the device: reading them would wait for it
+    # These stay on the device, since reading them waits for it: sum of losses, and steps whose gradient was not finite.
+    loss_sum, bad_steps, bad_in_a_row = torch.zeros(3, device=device)
+    logged_step = start
     clock = time.perf_counter()
     here.catch_signals()
     stop, step = 0, start
@@ -413,7 +471,7 @@ def main(argv=None):
                 with autocast:
                     loss = schedule.loss(network, x0, y, t, noise).mean() / config.accumulate
                 scaler.scale(loss).backward()
-            loss_sum = loss_sum + loss.detach()
+            loss_sum = loss_sum + torch.where(torch.isfinite(loss), loss.detach(), 0)
 
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
@@ -427,31 +485,36 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(config.ema, (1 + step) / (10 + step)))
-        skipped, skipped_in_a_row = skipped + bad, (skipped_in_a_row + bad) * bad
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(config.ema, (1 + step) / (10 + step)))
+        bad_steps, bad_in_a_row = bad_steps + bad, (bad_in_a_row + bad) * bad
         step += 1
         bar.update()
 
-        stop = here.stop_requested()
+        stop = here.highest(here.signal)        # SIGTERM or SIGINT on any process stops all at the same step
         saves = step % config.save_every == 0 or step == config.steps or stop
-        if step % config.log_every == 0 or saves:
-            mean_loss = here.mean(loss_sum).item() / (step - logged_step)
-            rate = config.batch_size * (step - logged_step) / (time.perf_counter() - clock)
+        samples = config.sample_every and (step % config.sample_every == 0 or step == config.steps)
+        if step % config.log_every == 0 or saves or samples:
+            steps, skipped = step - logged_step, skipped + int(bad_steps)
+            good = steps - int(bad_steps)
+            mean_loss = here.mean(loss_sum).item() / good if good else math.nan
+            rate = config.batch_size * steps / (time.perf_counter() - clock)
             lr = optimizer.param_groups[0]["lr"]
             log.write(step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), images_per_sec=rate,
-                      memory_gb=memory_gb(device), skipped=int(skipped))
+                      memory_gb=memory_gb(device), skipped=skipped)
             bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} images/s")
-            if skipped_in_a_row >= 10:
+            if bad_in_a_row >= 10:
                 raise ValueError(
                     f"step {step}: the gradient was not finite ten times in a row (learning rate {lr:.1e}); "
                     f"try a lower --lr, --clip-grad 1, or --amp off; {out} holds the checkpoint before")
-            loss_sum, logged_step = torch.zeros((), device=device), step
+            loss_sum, bad_steps = torch.zeros(2, device=device)
+            logged_step = step
         if saves and lead:
             write_checkpoint(dict(
                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), step=step, config=vars(config), model_args=arguments,
+                scaler=scaler.state_dict(), step=step, skipped=skipped, config=vars(config), model_args=arguments,
                 shape=list(dataset.shape), class_names=list(dataset.class_names)), out / "checkpoint.pt")
-        if lead and config.sample_every and (step % config.sample_every == 0 or step == config.steps):
+        if samples and lead:
             with autocast:
                 draw_grid(ema, schedule, config, dataset, null, device, out / "samples" / f"{step:07d}.png")
         if logged_step == step:
@@ -461,7 +524,7 @@ def main(argv=None):
     here.close()
     if stop:
         sys.exit(f"train.py: stopped by {signal.Signals(stop).name} after step {step}, which is saved; "
-                 "the same command continues")
+                 "the same command continues" if lead else 1)
     if lead:
         print(f"done: {out / 'checkpoint.pt'}" + (f", {out / 'samples'}" if config.sample_every else ""))
 
