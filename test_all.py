@@ -1382,24 +1382,25 @@ def test_compiled_training_is_the_same(run, tmp_path):
 
 
 @slow
-def test_main_job_learns_shapes(tmp_path):
+def test_main_job_learns_shapes(tmp_path, capsys):
     """README's first command learns to draw ten classes of shapes: of 100 samples at least 80 are what was asked for.
 
-    By the rule of data.nearest_shape; at least 60 are also clean, within 20 grey levels of a drawn one. The bounds on time
-    are README's on two cores, and double here, since other machines are slower.
+    By the rule of data.nearest_shape; at least 60 are also clean, within 20 grey levels of a drawn one. README promises the
+    first grid within two minutes and the end within ten on two idle cores; here twice that is allowed.
     """
     start = time.time()
     result = shell("train.py", "--model", "uvit_tiny", "--data", "shapes", "--out", tmp_path, timeout=1500, OMP_NUM_THREADS=str(os.cpu_count()))
     assert result.returncode == 0, result.stderr
-    grids = sorted((tmp_path / "samples").glob("*.png"))
-    assert grids[0].stat().st_mtime - start < 240 and time.time() - start < 1200
+    first, seconds = min((tmp_path / "samples").glob("*.png")).stat().st_mtime - start, time.time() - start
     assert command("sample.py", "--ckpt", tmp_path / "checkpoint.pt", "--num", 100, "--seed", 1, "--out", tmp_path / "x.npz") is None
     with np.load(tmp_path / "x.npz") as file:
         images, asked = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["arr_1"])
     label, distance = data.nearest_shape(images)
-    print(f"\n{time.time() - start:.0f} s, {(label == asked).sum()} of 100 right, {((label == asked) & (distance < 20)).sum()} of them clean")
-    assert (label == asked).sum() >= 80
-    assert ((label == asked) & (distance < 20)).sum() >= 60
+    right, clean = (label == asked).sum(), ((label == asked) & (distance < 20)).sum()
+    with capsys.disabled():
+        print(f"\nshapes: first grid after {first:.0f} s, all after {seconds:.0f} s; {right} of 100 right, {clean} of them clean")
+    assert right >= 80 and clean >= 60
+    assert first < 240 and seconds < 1200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
