@@ -46,32 +46,24 @@ NETWORKS = {"uvit": uvit.UViT, "dit": dit.DiT, "udit": udit.UDiT}
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipes. A row for each model family and data set; "folder" serves every path given to --data.
 
-DIT = dict(
-    batch_size=256, steps=400_000, warmup=0, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), class_cond=None,
-    label_dropout=0.1, schedule="ddpm", sampler="ddpm", sample_steps=250)
+UVIT = dict(batch_size=128, steps=500_000, warmup=2500, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.999), schedule="vp")
+DIT = dict(batch_size=256, steps=400_000, warmup=0, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), schedule="ddpm",
+           class_cond=None, label_dropout=0.1, sampler="ddpm", sample_steps=250)
 RECIPES = {
     # U-ViT, arXiv:2209.12152, appendix B and the released code
-    ("uvit", "cifar10"): dict(
-        batch_size=128, steps=500_000, warmup=2500, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.999), class_cond=False,
-        label_dropout=0.0, schedule="vp", sampler="euler_maruyama", sample_steps=1000),
-    ("uvit", "folder"): dict(       # CIFAR10's, with labels where there are class folders, and a faster sampler
-        batch_size=128, steps=500_000, warmup=2500, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.999), class_cond=None,
-        label_dropout=0.1, schedule="vp", sampler="dpm_solver", sample_steps=50),
+    ("uvit", "cifar10"): dict(UVIT, class_cond=False, label_dropout=0.0, sampler="euler_maruyama", sample_steps=1000),
+    # The same on your images, with labels where there are class folders, and a faster sampler
+    ("uvit", "folder"): dict(UVIT, class_cond=None, label_dropout=0.1, sampler="dpm_solver", sample_steps=50),
     # DiT, arXiv:2212.09748, section 4, and U-DiT, arXiv:2405.02730, section 5
     ("dit", "folder"): DIT,
     ("udit", "folder"): DIT,
     # Ours, for minutes on two CPU cores
     ("uvit", "shapes"): dict(
-        batch_size=64, steps=5000, warmup=100, lr=4e-3, weight_decay=0.03, betas=(0.9, 0.99), class_cond=True,
-        label_dropout=0.1, schedule="vp", sampler="ddpm", sample_steps=100, clip_x0=True,
-        log_every=50, sample_every=500, save_every=500),
+        UVIT, batch_size=64, steps=5000, warmup=100, lr=4e-3, betas=(0.9, 0.99), class_cond=True, label_dropout=0.1,
+        sampler="ddpm", sample_steps=100, clip_x0=True, log_every=50, sample_every=500, save_every=500),
 }
 COMMON = dict(accumulate=1, ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, log_every=100, sample_every=10_000,
               save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=False)
-BOUNDS = dict(      # flag: (lowest, highest)
-    steps=(1, None), batch_size=(1, None), accumulate=(1, None), lr=(0, None), warmup=(0, None), weight_decay=(0, None),
-    clip_grad=(0, None), ema=(0, 1), label_dropout=(0, 1), image_size=(1, None), workers=(0, None), seed=(0, None),
-    log_every=(1, None), save_every=(1, None), sample_every=(0, None), sample_steps=(1, None), num=(1, None))
 
 
 def recipe(model, dataset):
@@ -83,12 +75,16 @@ def recipe(model, dataset):
 
 
 def check_bounds(values):
-    """Raise ValueError where a flag's value ({flag: value}) is outside of BOUNDS."""
-    for flag, (low, high) in BOUNDS.items():
-        value = values.get(flag)
-        if value is not None and not low <= value <= (math.inf if high is None else high):
-            limit = f"at least {low}" if high is None else f"{low} to {high}"
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {limit}")
+    """Raise ValueError where a number ({flag: value}) makes no sense. Serves sample.py as well."""
+    for low, high, flags in [
+        (1, math.inf, "steps batch_size accumulate image_size log_every save_every sample_steps num"),
+        (0, math.inf, "lr warmup weight_decay clip_grad workers seed sample_every"),
+        (0, 1, "ema label_dropout"),
+    ]:
+        for flag in flags.split():
+            if values.get(flag) is not None and not low <= values[flag] <= high:
+                limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
+                raise ValueError(f"--{flag.replace('_', '-')} {values[flag]}: must be {limit}")
 
 
 def parse(argv=None):
