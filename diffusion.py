@@ -18,7 +18,8 @@ denoiser is any function (x, t) -> noise of x's shape, or (N, 2C, ..) where the 
 Sources: VP and its SDE: Song et al., arXiv:2011.13456. DDPM: Ho et al., arXiv:2006.11239. Learned variance and
 respacing: Nichol & Dhariwal, arXiv:2102.09672. DDIM: Song et al., arXiv:2010.02502. Guidance: Ho & Salimans,
 arXiv:2207.12598. DPM-Solver and DPM-Solver++: Lu et al., arXiv:2206.00927 and arXiv:2211.01095. test_all.py compares
-every one with trajectories of the released code of U-ViT and DiT.
+every one with trajectories of the released code of U-ViT and DiT: they agree within 2e-6 (but for times that the
+released VP DPM-Solver keeps in float32: 1.3e-4 at 10 evaluations).
 """
 import math
 from functools import partial
