@@ -67,12 +67,17 @@ COMMON = dict(accumulate=1, ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, l
               save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=False)
 
 
-def recipe(model, dataset):
-    """Training and sampling values for a model and data set, {flag: value}. Raises ValueError on an unknown model."""
+def family(model):
+    """ "uvit_s2" -> "uvit", the key of RECIPES and NETWORKS. Raises ValueError on an unknown model."""
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; choose from {', '.join(MODELS)}")
-    family = model.split("_")[0]
-    return {**COMMON, **RECIPES.get((family, dataset), RECIPES[family, "folder"])}
+    return model.split("_")[0]
+
+
+def recipe(model, dataset):
+    """Training and sampling values for a model and data set, {flag: value}. Raises ValueError on an unknown model."""
+    kind = family(model)
+    return {**COMMON, **RECIPES.get((kind, dataset), RECIPES[kind, "folder"])}
 
 
 def check_bounds(values):
@@ -169,12 +174,10 @@ def model_arguments(config, dataset):
 
 def build(name, arguments):
     """A model of MODELS. Raises ValueError on an unknown name or argument, or values that do not fit together."""
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
+    known = inspect.signature(NETWORKS[family(name)]).parameters
     try:
         return MODELS[name](**arguments)
     except (TypeError, ZeroDivisionError, RuntimeError) as error:
-        known = inspect.signature(NETWORKS[name.split("_")[0]]).parameters
         raise ValueError(f"{name}: {error}; its arguments are {', '.join(known)}") from None
 
 
