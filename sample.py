@@ -26,10 +26,8 @@ import diffusion
 import train
 
 
-def parse(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Where no default is given, it is the run's own setting, or the paper's for --model and --data.")
+def add_flags(p):
+    """The flags that say which weights, what to sample and how: sample.py's, and fid.py's where it samples itself."""
     add = p.add_argument_group("weights: a run's checkpoint, or a file of weights and what it is").add_argument
     add("--ckpt", metavar="FILE", help="checkpoint.pt of a run of train.py")
     add("--weights", metavar="FILE", help="released weights: a state dict, bare or under 'ema', 'model', 'state_dict'")
@@ -48,18 +46,31 @@ def parse(argv=None):
     add("--clip-x0", action=argparse.BooleanOptionalAction, help="limit the predicted image to [-1, 1]")
     add("--seed", type=int, default=0, help="default 0")
     add = p.add_argument_group("how").add_argument
-    add("--out", default="samples.png", metavar="FILE_OR_FOLDER", help=".png, .npz, or a folder (default samples.png)")
     add("--batch-size", type=int, default=100, metavar="N", help="images at a time on each process (default 100)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda if there is one")
     add("--amp", choices=["bf16", "off"], help="autocast type of the network (default bf16 on cuda, off on cpu)")
-    args = p.parse_args(argv)
+    return add
+
+
+def check_flags(args):
+    """Raise ValueError where these flags do not go together; fill in --amp."""
     if bool(args.ckpt) == bool(args.weights):
         raise ValueError("give either --ckpt (a run's checkpoint), or --weights with --model and --data")
     if args.weights and not (args.model and args.data):
         raise ValueError("--weights needs --model and --data: which network it is, and what it was trained on")
     train.check_bounds(vars(args))
     args.amp = args.amp or ("bf16" if args.device == "cuda" else "off")
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Where no default is given, it is the run's own setting, or the paper's for --model and --data.")
+    add = add_flags(p)
+    add("--out", default="samples.png", metavar="FILE_OR_FOLDER", help=".png, .npz, or a folder (default samples.png)")
+    args = p.parse_args(argv)
+    check_flags(args)
     return args
 
 
