@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import runpy
 import signal
@@ -985,10 +986,11 @@ def test_shapes_can_be_told_apart_by_the_nearest_drawn_one():
 def test_order_visits_every_image_once_an_epoch():
     """Each epoch is a permutation, another one each time, and any window of the stream can be had by itself."""
     stream = data.shuffled(10, seed=3, start=0, count=30)
-    epochs = stream.reshape(3, 10)
+    epochs = stream[:, 0].reshape(3, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and not (epochs[0] == epochs[1]).all()
     assert (data.shuffled(10, 3, 7, 9) == stream[7:16]).all()
-    assert not (data.shuffled(10, 4, 0, 10) == stream[:10]).all()
+    assert not (data.shuffled(10, 4, 0, 10)[:, 0] == stream[:10, 0]).all()
+    assert stream.shape == (30, 2) and len(set(stream[:, 1])) == 30 and 0 <= stream.min() <= stream.max() < 2**31
 
 
 def test_folder_flat_and_with_classes(tmp_path):
@@ -1005,7 +1007,7 @@ def test_large_folders_are_read_by_workers_to_the_same_batches(tmp_path, monkeyp
     """A set too large for memory gives the same images and labels in the same order, through worker processes."""
     for name in "ab":
         write_images(tmp_path / name, 3, seed=ord(name))
-    order = [np.array([5, 0, 3]), np.array([1, 1])]
+    order = [np.array([[5, 0], [0, 0], [3, 0]]), np.array([[1, 0], [1, 0]])]
     small = list(data.load(tmp_path, image_size=8).batches(order, "cpu"))
     monkeypatch.setattr(data, "IN_MEMORY", 0)
     large = data.load(tmp_path, image_size=8)
@@ -1021,7 +1023,7 @@ def test_large_folders_are_read_by_workers_to_the_same_batches(tmp_path, monkeyp
 def test_images_are_prepared_on_the_training_device():
     """prepare scales 0..255 to [-1, 1] and mirrors exactly the images it is told to."""
     dataset = data.ImagesInMemory(torch.tensor([0, 255, 51, 204], dtype=torch.uint8).view(1, 1, 2, 2))
-    (images, labels), = dataset.batches([np.array([0, 0])], "cpu")
+    (images, labels), = dataset.batches([np.array([[0, 0], [0, 0]])], "cpu")
     x = dataset.prepare(images, torch.tensor([False, True]))
     assert labels is None and torch.allclose(x[0, 0], torch.tensor([[-1, 1], [-0.6, 0.6]])) and torch.equal(x[1], x[0].flip(-1))
     assert torch.equal(data.to_uint8(x[:1]), images[:1])
@@ -1094,6 +1096,147 @@ def test_cifar10_from_torchvision_or_from_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", fails)
     with pytest.raises(FileNotFoundError, match=r"no route to host.*cifar-10-python.tar.gz.*--data-dir"):
         data.load("cifar10", write_images(tmp_path / "elsewhere"))
+
+
+def test_celeba_is_cropped_as_in_the_paper(tmp_path, monkeypatch):
+    """Rows 57..185 and columns 25..153 of an aligned image, at 64; found in three places; else it says what to fetch."""
+    pixels = np.random.default_rng(0).integers(0, 256, (218, 178, 3), dtype=np.uint8)
+    for i, place in enumerate(["celeba/img_align_celeba", "img_align_celeba", "."]):
+        (tmp_path / str(i) / place).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / str(i) / place / "000001.png")
+        dataset = data.load("celeba64", tmp_path / str(i))
+        face = Image.fromarray(pixels[57:185, 25:153]).resize((64, 64), Image.BILINEAR)
+        assert dataset.shape == (3, 64, 64) and dataset.num_classes == 0 and dataset.flip
+        assert torch.equal(dataset.images[0], torch.from_numpy(np.array(face)).permute(2, 0, 1))
+    assert torch.equal(data.load("celeba64", tmp_path / "0", image_size=128).images[0].permute(1, 2, 0),
+                       torch.from_numpy(pixels[57:185, 25:153]))
+    monkeypatch.setattr(data, "list_images", lambda root: (list(range(202_599)), None, ()))
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    assert len(data.load("celeba64", tmp_path / "0")) == 162_770
+    monkeypatch.undo()
+    write_images(tmp_path / "small", 1)
+    with pytest.raises(ValueError, match="0.png: 20x12, not an aligned image of CelebA"):
+        data.load("celeba64", tmp_path / "small")
+
+    def fails(root, download):
+        raise RuntimeError("too many\nusers")
+
+    monkeypatch.setattr(data.torchvision.datasets, "CelebA", fails)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"none, and the download failed \(too many users\); unpack img_align_celeba.zip"):
+        data.load("celeba64", tmp_path / "none")
+
+
+def test_imagenet64_comes_from_class_folders(tmp_path, monkeypatch):
+    """Class folders in the data folder or its train/, at 64x64, their names the classes; anything else is refused."""
+    write_images(tmp_path / "n02", 1)
+    write_images(tmp_path / "n01", 2, (80, 70))
+    dataset = data.load("imagenet64", tmp_path)
+    assert dataset.class_names == ("n01", "n02") and dataset.labels.tolist() == [0, 0, 1] and dataset.shape == (3, 64, 64)
+    write_images(tmp_path / "train" / "n03", 1)
+    assert data.load("imagenet64", tmp_path).class_names == ("n03",)
+    with pytest.raises(ValueError, match="not a folder for each class"):
+        data.load("imagenet64", tmp_path / "n01")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder data/imagenet; put ImageNet's class folders"):
+        data.load("imagenet64")
+
+
+def write_latents(root, count=6, classes=2, text=None, shape=(4, 8, 8), done=True, image_size=64):
+    """A small encoded folder: random moments, and labels (0, 1, 0, ..) or image i with 1 + i % 3 captions of (tokens, width)."""
+    root.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    captions = np.concatenate([[0], np.cumsum(1 + np.arange(count) % 3)])
+    arrays = {"moments": rng.standard_normal((count, 2, 2 * shape[0], *shape[1:])).astype(np.float16),
+              "moments_done": np.ones(count, np.uint8)}
+    if text:
+        arrays |= {"text": rng.standard_normal((captions[-1], *text)).astype(np.float16), "captions": captions,
+                   "text_done": np.full(captions[-1], done, np.uint8), "null": rng.standard_normal(text).astype(np.float16)}
+    elif classes:
+        arrays["labels"] = np.arange(count) % classes
+    for name, array in arrays.items():
+        np.save(root / f"{name}.npy", array)
+    (root / "encoding.json").write_text(json.dumps(dict(
+        autoencoder="none", clip="none" if text else None, scale=0.5, image_size=image_size, count=count, shape=shape, text=text,
+        class_names=[] if text else [f"n{i}" for i in range(classes)])))
+    return root
+
+
+def test_latents_are_drawn_from_the_gaussians_of_image_or_mirror(tmp_path):
+    """x_0 = scale (mean + std noise), of the mirror where asked; in the file's type until then; labels beside them."""
+    dataset = data.load(write_latents(tmp_path / "latents"))
+    stored = torch.from_numpy(np.load(tmp_path / "latents" / "moments.npy"))
+    (moments, y), = dataset.batches([np.array([[3, 0], [0, 7], [3, 1]])], "cpu")
+    assert torch.equal(moments, stored[[3, 0, 3]]) and moments.dtype == torch.float16 and y.tolist() == [1, 0, 1]
+    assert dataset.shape == (4, 8, 8) and dataset.num_classes == 2 and dataset.text is dataset.null is None and len(dataset) == 6
+    assert dataset.encoding["scale"] == 0.5
+    mirror, noise = dataset.draws(1000, torch.Generator().manual_seed(0))
+    assert 400 < mirror.sum() < 600 and noise.shape == (1000, 4, 8, 8) and abs(noise.std() - 1) < 0.01
+    mirror, noise = torch.tensor([False, True, True]), noise[:3]
+    mean, log_variance = moments.float()[[0, 1, 2], [0, 1, 1]].split(4, dim=1)
+    expected = 0.5 * (mean + log_variance.exp().sqrt() * noise)
+    x0 = dataset.prepare(moments, mirror, noise)
+    assert x0.dtype == torch.float32 and torch.allclose(x0, expected, atol=1e-6)
+    assert dataset.prepare(torch.full((1, 2, 8, 8, 8), 1e4), mirror[:1], noise[:1]).isfinite().all()   # log variance 20 at most
+
+
+def test_captions_are_chosen_by_seed_and_place(tmp_path):
+    """Every caption of an image comes up, about equally often; which one depends on the second column alone; no mirroring."""
+    dataset = data.load(write_latents(tmp_path / "latents", text=(5, 3)))
+    text = torch.from_numpy(np.load(tmp_path / "latents" / "text.npy")).float()
+    assert dataset.text == (5, 3) and dataset.num_classes == 0 and dataset.labels is None
+    assert torch.equal(dataset.null, torch.from_numpy(np.load(tmp_path / "latents" / "null.npy")).float())
+    places = data.shuffled(6, 0, 0, 600)
+    (moments, y), = dataset.batches([places], "cpu")
+    assert y.shape == (600, 5, 3) and y.dtype == torch.float32
+    chosen = (y[:, None] == text[None]).flatten(2).all(-1).int().argmax(1).numpy()
+    first = np.array([0, 1, 3, 6, 7, 9])            # 1, 2, 3, 1, 2, 3 captions
+    assert (chosen == first[places[:, 0]] + places[:, 1] % np.array([1, 2, 3, 1, 2, 3])[places[:, 0]]).all()
+    assert min((chosen == caption).sum() for caption in (3, 4, 5)) > 15
+    (_, again), = dataset.batches([data.shuffled(6, 0, 570, 30)], "cpu")
+    assert torch.equal(again, y[570:])
+    noise = torch.zeros(600, 4, 8, 8)
+    assert torch.equal(*(dataset.prepare(moments, torch.full((600,), flip), noise) for flip in (True, False)))
+    assert torch.equal(dataset.examples(3), text[[0, 3, 7]])
+
+
+@pytest.mark.parametrize("text", [None, (5, 3)])
+def test_workers_read_the_same_latents(tmp_path, text):
+    """Reading in two processes gives what reading in this one does, and so does a process that was not forked."""
+    dataset = data.load(write_latents(tmp_path / "latents", text=text))
+    order = [data.shuffled(6, 0, start, 4) for start in (0, 4, 8)]
+    for (a, b), (c, d) in zip(dataset.batches(order, "cpu"), dataset.batches(order, "cpu", workers=2), strict=True):
+        assert torch.equal(a, c) and torch.equal(b, d)
+    assert len(pickle.dumps(dataset)) < 5000        # the path travels to such a process, not the file
+
+
+def test_kind_names_the_recipe_without_reading(tmp_path):
+    """Names stand for themselves; folders are "folder", or the set of the papers that their encoding is like."""
+    assert [data.kind(name) for name in data.DATASETS] == list(data.DATASETS)
+    assert data.kind(write_images(tmp_path / "images")) == "folder"
+    assert data.kind(write_latents(tmp_path / "a")) == "imagenet256"
+    assert data.kind(write_latents(tmp_path / "b", classes=0)) == "imagenet256" and data.load(tmp_path / "b").labels is None
+    assert data.kind(write_latents(tmp_path / "c", shape=(4, 64, 64))) == "imagenet512"
+    assert data.kind(write_latents(tmp_path / "d", text=(5, 3))) == "mscoco256"
+    assert data.load("imagenet256", tmp_path / "a").shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize("make, name, message", [
+    (lambda root: write_latents(root, text=(5, 3), done=False), None, r"only 33.3% encoded \(6 of 18 .*run the same command"),
+    (lambda root: (write_latents(root), (root / "encoding.json").write_text("{"))[0], None, "encoding.json is not one of data.py"),
+    (lambda root: (write_latents(root), (root / "labels.npy").unlink())[0], None, "labels.npy is missing or damaged"),
+    (lambda root: (write_latents(root), (root / "moments.npy").write_bytes((root / "moments.npy").read_bytes()[:5000]))[0], None,
+     "moments.npy is missing or damaged"),
+    (lambda root: root.mkdir(), "mscoco256", "mscoco256: no latents in .* made by: python data.py encode --images train2014 --captions"),
+    (lambda root: write_latents(root, image_size=512), "imagenet256", "encoded at image size 512, not 256"),
+])
+def test_bad_latents_are_named(tmp_path, make, name, message):
+    """Half-written, damaged and missing encodings raise in one line with the folder's name."""
+    root = tmp_path / "latents"
+    make(root)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        data.load(*((name, root, 256) if name else (root,)))
+    assert str(root) in str(error.value) and "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
