@@ -26,7 +26,11 @@ from PIL import Image
 from tqdm import tqdm
 
 IN_MEMORY = 2 * 2**30     # bytes of uint8 up to which a data set is held in memory
-IMAGE_SIZE = {"cifar10": 32, "shapes": 16}      # .. and 64 for other images, where nothing else is asked for
+IMAGE_SIZE = {"cifar10": 32, "celeba64": 64, "imagenet64": 64, "imagenet256": 256, "imagenet512": 512, "mscoco256": 256,
+              "shapes": 16, "folder": 64}     # where nothing else is asked for
+AUTOENCODER, CLIP = "stabilityai/sd-vae-ft-ema", "openai/clip-vit-large-patch14"
+ENCODINGS = {name: dict(autoencoder=AUTOENCODER, scale=scale, image_size=IMAGE_SIZE[name], clip=clip) for name, scale, clip
+             in [("imagenet256", 0.18215, None), ("imagenet512", 0.18215, None), ("mscoco256", 0.23010, CLIP)]}
 
 
 def load(name, data_dir=None, image_size=None):
@@ -480,8 +484,19 @@ DATASETS = {
 }
 
 
+@lru_cache
+def imagenet_names():
+    """The names of ImageNet's 1000 classes, in the order of their numbers, from torchvision: "tench", "goldfish", .."""
+    return tuple(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing images
+
+
+def decoder(encoding, device):
+    """A function from samples x_0 to uint8 images (n, 3, H, W): of pixels where encoding is None, else of latents."""
+    return Autoencoder(encoding["autoencoder"], device, encoding["scale"]).decode if encoding else to_uint8
 
 
 def to_uint8(x):

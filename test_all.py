@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -834,13 +835,34 @@ def test_sampler_walks_as_the_released_one(sampler, schedule, steps, tolerance, 
     assert len(calls) == steps and calls == sorted(calls, reverse=True) and calls[0] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm_solver", 3)])
+@pytest.mark.parametrize("sampler, order", [
+    (diffusion.ddim, 1), (partial(diffusion.multistep, grid="log_snr"), 2), (diffusion.dpm_solver, 3)])
 def test_sampler_converges_at_its_order(sampler, order):
-    """Four times the evaluations divide DPM-Solver's error by 4^3 or more, and DDIM's by about 4."""
-    truth = diffusion.SAMPLERS["dpm_solver"](exact(VP), VP, NOISE_5, 600)
-    errors = [(diffusion.SAMPLERS[sampler](exact(VP), VP, NOISE_5, steps) - truth).abs().mean().item() for steps in (30, 120)]
+    """Four times the evaluations divide DPM-Solver's error by 4^3 or more, the multistep one's by 4^2, and DDIM's by about 4."""
+    truth = diffusion.dpm_solver(exact(VP), VP, NOISE_5, 600)
+    errors = [(sampler(exact(VP), VP, NOISE_5, steps) - truth).abs().mean().item() for steps in (30, 120)]
     slope = math.log(errors[0] / errors[1]) / math.log(4)
     assert order - 0.3 < slope < order + 1
+
+
+@pytest.mark.parametrize("steps, values", [
+    (9, [0.471251363, -0.395551851, 0.956083893, -0.325391523]),
+    (27, [0.524600288, -0.485198598, 1.21529741, -0.461751301]),
+    (37, [0.502000597, -0.448950408, 1.20485615, -0.410899541])])
+@pytest.mark.parametrize("run_diffusers", [False, True])
+def test_multistep_solver_walks_as_that_of_diffusers(steps, values, run_diffusers):
+    """DPM-Solver++(2M) agrees with diffusers' DPMSolverMultistepScheduler, on the same times (steps that divide 999)."""
+    ours = diffusion.SAMPLERS["dpm_solver++2m"](exact(SD), SD, NOISE_5, steps)
+    assert relative(ours[0, 0, 0, :4], values) < 1e-5
+    if run_diffusers:
+        solver = pytest.importorskip("diffusers").DPMSolverMultistepScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", algorithm_type="dpmsolver++",
+            final_sigmas_type="sigma_min", timestep_spacing="linspace")
+        solver.set_timesteps(steps)
+        x = NOISE_5
+        for n in solver.timesteps:
+            x = solver.step(exact(SD)(x, (float(n) + 1) / 1000), n, x).prev_sample
+        assert relative(ours, x) < 1e-5
 
 
 @pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
@@ -1288,6 +1310,33 @@ def test_recipe_is_the_papers():
     assert {key for key in config if config[key] != changed[key]} == {"lr"}
 
 
+@pytest.mark.parametrize("model, dataset, values", [
+    ("uvit_s4", "celeba64", dict(batch_size=128, steps=500_000, warmup=5000, betas=[0.99, 0.99], schedule="vp", sample_steps=1000)),
+    ("uvit_m4", "imagenet64", dict(batch_size=1024, steps=300_000, lr=3e-4, schedule="vp", sampler="dpm_solver", label_dropout=0, cfg=1)),
+    ("uvit_h2", "imagenet256", dict(batch_size=1024, steps=500_000, lr=2e-4, schedule="sd", sampler="dpm_solver++", label_dropout=0.1, cfg=1.4)),
+    ("uvit_l2", "imagenet256", dict(batch_size=1024, steps=300_000, schedule="vp", sampler="dpm_solver", label_dropout=0.15, cfg=1.4)),
+    ("uvit_h4", "imagenet512", dict(steps=500_000, schedule="sd", label_dropout=0.1, cfg=1.7)),
+    ("uvit_l4", "imagenet512", dict(steps=500_000, schedule="vp", label_dropout=0.15, cfg=1.7)),
+    ("uvit_s2_deep", "mscoco256", dict(batch_size=256, steps=1_000_000, betas=[0.9, 0.9], schedule="sd", label_dropout=0.1, cfg=2)),
+    ("dit_xl2", "imagenet256", dict(batch_size=256, lr=1e-4, weight_decay=0, schedule="ddpm", sampler="ddpm", sample_steps=250, cfg=1.5)),
+    ("udit_b", "imagenet256", dict(batch_size=256, steps=400_000, schedule="ddpm", betas=[0.9, 0.999], warmup=0)),
+    ("dit_s2", "cifar10", dict(batch_size=256, schedule="ddpm", class_cond=None, label_dropout=0.1)),
+])
+def test_recipes_are_the_rows_of_the_papers_tables(model, dataset, values):
+    """Each row of the papers' set-up tables is one command."""
+    config = vars(train.parse(["--model", model, "--data", dataset]))
+    assert {key: config[key] for key in values} == values
+
+
+def test_large_batches_are_split_into_passes(run, tmp_path, monkeypatch):
+    """Where --accumulate does not say it, a process takes as many passes as PASS images in each allow; nothing else changes."""
+    monkeypatch.setattr(train, "PASS", 4)
+    train.main([*SMALL, "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "config.json").read_text())["accumulate"] == 2
+    for a, b in zip(log_of(run), log_of(tmp_path)):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
 def test_run_leaves_what_it_promises(run):
     """config.json has every flag, log.jsonl a line for each report, and the loss is finite."""
     config = json.loads((run / "config.json").read_text())
@@ -1650,6 +1699,124 @@ def test_dit_and_udit_train_and_sample_in_the_same_harness(tmp_path, name, argum
     assert images.shape == (10, 16, 16, 3) and labels.tolist() == list(range(10))
 
 
+class StandInAutoencoder:
+    """Decodes latents (n, C, s, s) by repeating each cell of three channels 8 x 8 times."""
+
+    def __init__(self, name, device, scale):
+        assert (name, scale) == ("none", 0.5)
+
+    def decode(self, latents):
+        return data.to_uint8(F.interpolate(latents[:, :3], scale_factor=8))
+
+
+class StandInTextEncoder:
+    """Features (n, 5, 16) that are a function of the text's bytes."""
+
+    def __init__(self, name, device):
+        assert name == "none"
+
+    def __call__(self, texts):
+        return torch.stack([torch.randn(5, 16, generator=torch.Generator().manual_seed(zlib.crc32(t.encode()))) for t in texts])
+
+
+LATENTS = [*SMALL[:2], "--model-args", "patch_size=2", *SMALL[5:], "--sample-steps", "2", "--workers", "2", "--data"]
+
+
+def test_latents_train_and_sample(tmp_path, monkeypatch):
+    """A folder of latents trains with its labels by the recipe of imagenet256, draws a grid, and is decoded when sampled."""
+    monkeypatch.setattr(data, "Autoencoder", StandInAutoencoder, raising=False)
+    folder, out = write_latents(tmp_path / "latents", count=20, classes=3), tmp_path / "run"
+    train.main([*LATENTS, str(folder), "--out", str(out), "--sample-every", "6"])
+    config = json.loads((out / "config.json").read_text())
+    assert (config["schedule"], config["sampler"], config["cfg"]) == ("sd", "dpm_solver++", 1.4)
+    assert Image.open(out / "samples" / "0000006.png").size == (8 * 66 + 2, 3 * 66 + 2)
+    images, labels = sampled(out, tmp_path / "x.npz", "--num", 5, "--labels", "n2,1")
+    assert images.shape == (5, 64, 64, 3) and labels.tolist() == [2, 1, 2, 1, 2]
+    assert (images[:, ::8, ::8] == images[:, 7::8, 7::8]).all()
+
+
+def test_latents_train_without_an_autoencoder(tmp_path, monkeypatch, capsys):
+    """Where diffusers is not installed, a run on latents says so once, draws no grids, and trains."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    train.main([*LATENTS, str(write_latents(tmp_path / "latents")), "--out", str(tmp_path / "run"), "--sample-every", "3"])
+    assert "no grids of samples" in (words := capsys.readouterr().err) and "pip install diffusers" in words
+    assert len(log_of(tmp_path / "run")) == 6 and not (tmp_path / "run" / "samples").exists()
+
+
+def test_captions_train_and_prompts_sample(tmp_path, monkeypatch):
+    """Captions condition a U-ViT by their features; runs resume exactly; --prompt takes texts or a file of them."""
+    monkeypatch.setattr(data, "Autoencoder", StandInAutoencoder, raising=False)
+    monkeypatch.setattr(data, "TextEncoder", StandInTextEncoder, raising=False)
+    folder, out = write_latents(tmp_path / "latents", count=20, text=(5, 16)), tmp_path / "run"
+    arguments = [*LATENTS, str(folder), "--label-dropout", "0.4"]
+    train.main([*arguments, "--out", str(out), "--sample-every", "6"])
+    assert Image.open(out / "samples" / "0000006.png").size == (8 * 66 + 2, 8 * 66 + 2)     # a row for each of 8 captions
+    for steps in "3", "6":
+        train.main([*arguments, "--out", str(tmp_path / "twice"), "--steps", steps])
+    one, two = (train.read_checkpoint(folder / "checkpoint.pt") for folder in (out, tmp_path / "twice"))
+    assert same(one["model"], two["model"]) and one["model_args"]["text_tokens"] == 5
+    assert torch.equal(one["null"], data.load(folder).null)
+
+    a, labels = sampled(out, tmp_path / "a.npz", "--num", 4, "--prompt", "a red bus", "two cats")
+    (tmp_path / "prompts.txt").write_text("a red bus\ntwo cats\n")
+    b, _ = sampled(out, tmp_path / "b.npz", "--num", 4, "--prompt", tmp_path / "prompts.txt")
+    c, _ = sampled(out, tmp_path / "c.npz", "--num", 4, "--prompt", "a red bus")
+    assert labels is None and (a == b).all() and (a[[0, 2]] == c[[0, 2]]).all() and (a[1] != c[1]).any()
+    for wrong, words in [([], "give --prompt"), (["--labels", "1"], "give --prompt")]:
+        assert words in command("sample.py", "--ckpt", out / "checkpoint.pt", "--out", tmp_path / "x.png", *wrong)
+    assert "takes no text" in command("train.py", *arguments, "--out", tmp_path / "d", "--model", "dit_tiny")
+
+
+def tiles(path, side=16):
+    """The pictures of a grid, uint8 (rows, columns, side, side, 3)."""
+    grid = np.asarray(Image.open(path))[2:, 2:]
+    rows, columns = grid.shape[0] // (side + 2), grid.shape[1] // (side + 2)
+    return grid.reshape(rows, side + 2, columns, side + 2, 3).swapaxes(1, 2)[:, :, :side, :side]
+
+
+def test_guidance_sweep_is_a_row_for_each_weight(run, tmp_path):
+    """--sweep draws the same noises and labels in every row, with that row's guidance weight."""
+    common = ["sample.py", "--ckpt", run / "checkpoint.pt", "--steps", 4, "--num", 3, "--labels", "1,2,3", "--device", "cpu"]
+    assert command(*common, "--sweep", 1, 4, "--out", tmp_path / "sweep.png") is None
+    rows = tiles(tmp_path / "sweep.png")
+    for w, row in zip((1, 4), rows):
+        images, _ = sampled(run, tmp_path / "x.npz", "--num", 3, "--labels", "1,2,3", "--cfg", w)
+        assert abs(row.astype(int) - images).max() <= 1
+    assert (rows[0] != rows[1]).any()
+    assert "ends in .png" in command(*common, "--sweep", 1, 4, "--out", tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("sampler", ["dpm_solver", "ddpm"])
+def test_walks_begin_and_end_at_samples(run, tmp_path, sampler):
+    """A walk's ends are the samples of the two noises, or the two classes, also where a sampler adds noise on its way."""
+    common = ["sample.py", "--ckpt", run / "checkpoint.pt", "--steps", 4, "--num", 5, "--sampler", sampler, "--device", "cpu"]
+    images = {label: sampled(run, tmp_path / "x.npz", "--num", 4, "--labels", label, "--sampler", sampler)[0] for label in (2, 7)}
+
+    assert command(*common, "--walk", "noise", "--labels", "2,7", "--out", tmp_path / "noise.png") is None
+    for row, label in zip(tiles(tmp_path / "noise.png"), (2, 7)):
+        assert abs(row[[0, -1]].astype(int) - images[label][:2]).max() <= 1
+        assert (row[2] != row[0]).any() and (row[2] != row[-1]).any()
+
+    assert command(*common, "--walk", "condition", "--labels", "2,7", "--out", tmp_path / "condition.png") is None
+    for i, row in enumerate(tiles(tmp_path / "condition.png")):
+        assert abs(row[0].astype(int) - images[2][i]).max() <= 1 and abs(row[-1].astype(int) - images[7][i]).max() <= 1
+    assert "two" in command(*common, "--walk", "condition", "--labels", "2", "--out", tmp_path / "x.png")
+
+
+def test_noise_on_a_walk_keeps_its_length():
+    """Between two noises the walk stays on their sphere: at a straight line's middle, length would fall to 0.7."""
+    walk = sample.Walk(0, 3, 4, torch.linspace(0, 1, 5))
+    for _ in range(2):
+        norms = walk(torch.empty(5, 3, 32, 32)).flatten(1).norm(dim=1)
+        assert (norms / norms.mean() - 1).abs().max() < 0.05
+
+
+def test_imagenet_classes_have_names():
+    """Classes of ImageNet can be asked for by name: 207 is the golden retriever."""
+    source = argparse.Namespace(num_classes=1000, class_names=data.imagenet_names(), path="x")
+    assert sample.parse_labels("207,golden retriever, tench", source) == [207, 207, 0]
+
+
 class Explosive:
     """What a malicious file would hold: code that runs when it is unpickled."""
     def __reduce__(self):
@@ -1668,7 +1835,7 @@ class Explosive:
     (["--weights", "bare.pth"], "--weights needs --model and --data"),
     (["--weights", "bare.pth", "--model", "uvit_s9", "--data", "cifar10"], "unknown model 'uvit_s9'"),
     (["--weights", "bare.pth", "--model", "uvit_s2", "--data", "cifar10"], "does not fit the model: "),
-    (["--weights", "bare.pth", "--model", "uvit_s2", "--data", "cifar"], "--data cifar: no recipe of that name"),
+    (["--weights", "bare.pth", "--model", "uvit_s2", "--data", "cifar"], "cifar: no such data set or folder"),
     (["--ckpt", "good.pt", "--seed", "-1"], "--seed -1: must be at least 0"),
     (["--ckpt", "good.pt", "--sampler", "dpm_solver", "--num", "3", "--labels", "1,-2"], "--labels -2"),
     (["--ckpt", "good.pt", "--sampler", "ddpm", "--steps", "0"], "--steps 0: must be at least 1"),
@@ -1693,7 +1860,7 @@ def test_guidance_needs_a_null_label(tmp_path):
     """--cfg on an unconditional run is refused in one line."""
     train.main([*SMALL, "--no-class-cond", "--steps", "1", "--out", str(tmp_path)])
     assert "has no null label" in command("sample.py", "--ckpt", tmp_path / "checkpoint.pt", "--cfg", 2, "--out", tmp_path / "x.png")
-    assert "unconditional" in command("sample.py", "--ckpt", tmp_path / "checkpoint.pt", "--labels", 2, "--out", tmp_path / "x.png")
+    assert "a model without classes" in command("sample.py", "--ckpt", tmp_path / "checkpoint.pt", "--labels", 2, "--out", tmp_path / "x.png")
 
 
 @slow
