@@ -10,17 +10,22 @@ CIFAR10's 50,000 PNGs took 9 s on two CPU cores, and a batch is one gather. Larg
 
 Order is a function of (seed, epoch) alone (`shuffled`), so that a run can be resumed or split over processes exactly.
 """
+import argparse
+import hashlib
+import importlib
 import json
 import math
 import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image
 from tqdm import tqdm
@@ -481,6 +486,224 @@ DATASETS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion's autoencoder and CLIP. diffusers and transformers are needed here alone.
+
+AUTOENCODER, CLIP, SCALE = "stabilityai/sd-vae-ft-ema", "openai/clip-vit-large-patch14", 0.18215
+
+
+def pretrained(package, kind, name, **options):
+    """An object of a class of diffusers or transformers, from a folder of save_pretrained or by huggingface.co's name.
+
+    Raises ValueError in one line where the package is missing, or nothing can be read under that name.
+    """
+    try:
+        kind = getattr(importlib.import_module(package), kind)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"{name}: needs the package {package}: pip install {package} ({first_line(error)})") from None
+    try:
+        return kind.from_pretrained(name, **options)
+    except Exception as error:      # OSError, HTTP errors, KeyError, whatever the reader makes of other files
+        raise ValueError(f"{name}: no {kind.__name__} could be read from a folder, nor from huggingface.co, of that "
+                         f"name ({first_line(error)})") from None
+
+
+def first_line(error):
+    return f"{error}".strip().partition("\n")[0] or type(error).__name__
+
+
+class Autoencoder:
+    """A KL autoencoder of Stable Diffusion, frozen, in float32 (float16 overflows in some of them)."""
+
+    def __init__(self, name=AUTOENCODER, device="cpu", scale=None):
+        net = pretrained("diffusers", "AutoencoderKL", name, low_cpu_mem_usage=False)   # True asks for one more package
+        self.net = net.to(device).requires_grad_(False).eval()
+        self.device, self.scale = device, SCALE if scale is None else scale
+
+    def moments(self, x):
+        """Images (n, 3, S, S), uint8 or in [-1, 1] -> C means, then C log variances, (n, 2C, s, s) float32, unscaled."""
+        x = x.to(self.device)
+        return self.net.encode(x if x.is_floating_point() else x / 127.5 - 1).latent_dist.parameters
+
+    def decode(self, latents):
+        """Scaled latents (n, C, s, s) -> images, uint8 (n, 3, S, S), on the device; a few at a time, to save memory."""
+        parts = (latents.to(self.device, torch.float32) / self.scale).split(8)
+        return torch.cat([to_uint8(self.net.decode(part).sample) for part in parts])
+
+
+class TextEncoder:
+    """CLIP's text model, frozen: captions -> last hidden states (n, tokens, width) float32, cut or padded to 77 tokens."""
+
+    def __init__(self, name=CLIP, device="cpu"):
+        self.tokenizer = pretrained("transformers", "CLIPTokenizer", name)
+        net = pretrained("transformers", "CLIPTextModel", name)
+        self.net = net.to(device).float().requires_grad_(False).eval()
+        self.device = device
+
+    def __call__(self, captions):
+        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt",
+                                max_length=self.net.config.max_position_embeddings)
+        return self.net(input_ids=tokens.input_ids.to(self.device)).last_hidden_state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py encode
+
+
+def read_captions(path, root):
+    """A JSON file of captions -> (image files below root, sorted; first caption of each, (N + 1,); captions).
+
+    As COCO's ("images" with id and file_name, "annotations" with image_id and caption), or {file name: [caption, ..]}.
+    """
+    try:
+        captions = json.loads(Path(path).read_text())
+        if "annotations" in captions:
+            names, annotations, captions = {i["id"]: i["file_name"] for i in captions["images"]}, captions["annotations"], {}
+            for annotation in annotations:
+                captions.setdefault(names[annotation["image_id"]], []).append(annotation["caption"])
+        names = sorted(name for name in captions if captions[name])
+        texts = [text for name in names for text in captions[name]]
+        if not names or not all(isinstance(captions[name], list) for name in names) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("no captions, or of another form")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--captions {path}: not a file of captions as COCO's, nor {{file name: [caption, ..]}} "
+                         f"({error!r})") from None
+    missing = [name for name in names if not (Path(root) / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{Path(root) / missing[0]}: no such image, but {path} has captions for it "
+                                f"({len(missing)} of {len(names)} are missing)")
+    return [Path(root) / name for name in names], np.cumsum([0, *(len(captions[name]) for name in names)]), texts
+
+
+def write_rows(path, first, rows):
+    """Put rows (n, ..) into a .npy file from row `first` on, onto the disk when this returns.
+
+    Written, not mapped: what is beside them on a page may be another process's, on another machine.
+    """
+    array = np.load(path, mmap_mode="r")
+    with open(path, "r+b") as file:
+        file.seek(array.offset + first * array[:1].nbytes)
+        file.write(rows.astype(array.dtype).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_missing(path, rows_of, batch_size, rank, world):
+    """Fill the .npy file `path` in batches, those of this process, without what <path>_done.npy says is done.
+
+    rows_of(spans) yields the rows of each span (first, end) in turn. Rows are on the disk before they are marked as
+    done, so a process killed at any moment has lost the batch it was in, no more.
+    """
+    flags = path.with_name(f"{path.stem}_done.npy")
+    done = np.load(flags)
+    spans = [(first, min(first + batch_size, len(done))) for first in range(0, len(done), batch_size)]
+    mine = [(first, end) for first, end in spans[rank::world] if not done[first:end].all()]
+    with tqdm(total=len(done), initial=int(done.sum()), desc=path.stem, unit="row", disable=rank > 0,
+              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        for (first, end), rows in zip(mine, rows_of(mine)):
+            rows = rows.cpu().numpy().astype(np.load(path, mmap_mode="r").dtype)
+            if not np.isfinite(rows).all():
+                raise ValueError(f"{path}: row {first} to {end} are not finite in {rows.dtype}; use --type float32")
+            write_rows(path, first, rows)
+            write_rows(flags, first, np.ones(end - first))
+            bar.update(int(np.load(flags).sum()) - bar.n)       # of all processes
+
+
+def encode(args):
+    """Images -> a folder that `load` reads. Several processes (torchrun) share the work; a killed run continues.
+
+    moments.npy   (N, 2, 2C, h, w): for image and mirror, C means and C log variances of the autoencoder
+    labels.npy    (N,) int64, where the images lie in class folders
+    text.npy      (M, tokens, width): CLIP's features of all captions; those of image i are captions[i]..captions[i + 1]
+    captions.npy  (N + 1,) int64
+    null.npy      (tokens, width): the features of the empty string
+    *_done.npy    which rows of moments and text are written
+    encoding.json autoencoder, scale, clip, image_size, type, count (N), shape (C, h, w), text (tokens, width) or null,
+                  class_names, and files, a checksum of file names and captions
+    """
+    rank, world, local = (int(os.environ.get(name, value)) for name, value in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
+    out = Path(args.out)
+    for flag in ("image_size", "batch_size"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    if args.captions:
+        (files, index, captions), labels, names = read_captions(args.captions, args.images), None, ()
+    else:
+        (files, labels, names), captions = list_images(args.images), []
+    content = json.dumps([[str(file.relative_to(args.images)) for file in files], captions])
+    autoencoder, clip = (str(Path(name).resolve()) if Path(name).is_dir() else name
+                         for name in (args.autoencoder, args.clip))
+    vae = Autoencoder(autoencoder, device)
+    text = TextEncoder(clip, device) if captions else None
+    null = text([""])[0].cpu().numpy() if captions else None
+    shape = vae.moments(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1:]
+    if args.image_size % shape[-1]:
+        raise ValueError(f"--image-size {args.image_size}: latents of {shape[-1]} would decode to another size")
+    encoding = dict(
+        autoencoder=autoencoder, scale=args.scale, clip=clip if captions else None, image_size=args.image_size,
+        type=args.type, count=len(files), shape=[shape[0] // 2, *shape[1:]], text=list(null.shape) if captions else None,
+        class_names=list(names), files=hashlib.sha256(content.encode()).hexdigest())
+
+    if rank == 0 and (out / "encoding.json").exists():
+        before = read_encoding(out)
+        changed = [key for key in encoding if before.get(key) != encoding[key]]
+        if changed:
+            raise ValueError(f"{out}: begun with other {', '.join(changed)}; give another --out, or remove this one")
+    elif rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        arrays = {"labels": labels} if names else {}
+        if captions:
+            arrays.update(captions=index, null=null.astype(args.type), text_done=np.zeros(len(captions), np.uint8))
+            np.lib.format.open_memmap(out / "text.npy", "w+", args.type, (len(captions), *null.shape))
+        for name, array in {**arrays, "moments_done": np.zeros(len(files), np.uint8)}.items():
+            np.save(out / f"{name}.npy", array)
+        np.lib.format.open_memmap(out / "moments.npy", "w+", args.type, (len(files), 2, *shape))
+        (out / "encoding.tmp").write_text(json.dumps(encoding, indent=2) + "\n")
+        os.replace(out / "encoding.tmp", out / "encoding.json")     # last: with it, all the others are there
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.barrier()
+
+    def moments_of(spans):
+        order = [np.stack([np.arange(*span), np.zeros(span[1] - span[0], np.int64)], axis=1) for span in spans]
+        for images, _ in ImagesOnDisk(files, None, (), args.image_size, read_image).batches(order, device, args.workers):
+            yield torch.stack([vae.moments(images), vae.moments(images.flip(-1))], dim=1)
+
+    write_missing(out / "moments.npy", moments_of, args.batch_size, rank, world)
+    if captions:
+        write_missing(out / "text.npy", lambda spans: (text(captions[first:end]) for first, end in spans),
+                      args.batch_size, rank, world)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        print(f"{out}: {len(files)} images as latents {tuple(encoding['shape'])}, {len(names) or 'no'} classes, "
+              f"{len(captions) or 'no'} captions")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser.add_subparsers(required=True, metavar="encode").add_parser(
+        "encode", help="images -> latents, and captions -> text features",
+        description="Images -> a folder of latents, labels and text features that --data takes. Several processes "
+        "(torchrun --nproc_per_node=8 data.py encode ..) share the work. Interrupted, the same command continues.")
+    p.add_argument("--images", required=True, metavar="FOLDER", help="flat, or one folder for each class")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="e.g. data/imagenet256, where --data imagenet256 looks")
+    p.add_argument("--image-size", type=int, default=256, metavar="PIXELS", help="default 256")
+    p.add_argument("--captions", metavar="JSON", help="COCO's captions_train2014.json, or {file name: [caption, ..]}")
+    p.add_argument("--autoencoder", default=AUTOENCODER, metavar="NAME_OR_FOLDER", help=f"default {AUTOENCODER}")
+    p.add_argument("--scale", type=float, default=SCALE, help=f"of the latents (default {SCALE}; U-ViT on MS-COCO 0.23010)")
+    p.add_argument("--clip", default=CLIP, metavar="NAME_OR_FOLDER", help=f"text encoder (default {CLIP})")
+    p.add_argument("--type", choices=["float16", "float32"], default="float16", help="in the files (default float16)")
+    p.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time in each process (default 32)")
+    p.add_argument("--workers", type=int, default=4, metavar="N", help="reading processes (default 4)")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="default: cuda if there is one")
+    encode(parser.parse_args(argv))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Writing images
 
 
@@ -505,3 +728,12 @@ def save_grid(images, path, rows=0):
         images = places.flatten(0, 1)
     grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
+        sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped; the same command continues")
