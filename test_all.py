@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -1313,10 +1314,13 @@ def test_encoded_captions_are_clips_last_hidden_states(tmp_path, pretrained):
     for row, letter in zip(y, "ghra"):
         assert torch.allclose(row, features(f"a cat no {letter}"), atol=2e-3)       # float16
     assert data.TextEncoder(pretrained[3])(["cat " * 50, ""]).shape == (2, 12, 16)
+    shutil.copytree(pretrained[3], tmp_path / "clip", ignore=shutil.ignore_patterns("*token*", "vocab.json", "merges.txt"))
+    with pytest.raises(ValueError, match="clip: lacks the tokenizer of its text model"):
+        data.TextEncoder(tmp_path / "clip")
     content = {name: [c, "x"] for name, c in (("b/0.png", "one"), ("a/1.png", "two"))}
     (tmp_path / "simple.json").write_text(json.dumps(content))
     files, index, texts = data.read_captions(tmp_path / "simple.json", tmp_path / "images")
-    assert [file.name for file in files] == ["1.png", "0.png"] and index.tolist() == [0, 2, 4] and texts == ["two", "x", "one", "x"]
+    assert [file.name for file in files] == ["1.png", "0.png"] and index.tolist() == [0, 2, 4] and texts == ("two", "x", "one", "x")
 
 
 def test_encoding_continues_after_its_last_whole_batch(tmp_path, pretrained, monkeypatch):
@@ -1380,7 +1384,7 @@ def children(pid):
     (["--image-size", "32"], "begun with other image_size, shape"),
     (["--scale", "0.5"], "begun with other scale;"),
     (["--image-size", "17"], "would decode to another size"),
-    (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["--batch-size", "0"], "--image-size and --batch-size must be at least 1"),
     (["--autoencoder", HERE], "no AutoencoderKL could be read from a folder"),
     (["--captions", "none.json"], "--captions none.json: not a file of captions"),
 ])
@@ -1409,7 +1413,7 @@ def test_missing_packages_and_captions_are_named(tmp_path, monkeypatch):
     assert re.search(r"^data.py: .*b/0.png: no such image, but .*captions.json has captions for it \(1 of 2 are missing", command(*flags, *captions))
     for content in ("{", "[]", "{}", '{"annotations": [{"id": 3}]}', '{"a/0.png": "not in a list"}'):
         captions[1].write_text(content)
-        assert "captions.json: not a file of captions as COCO's" in command(*flags, *captions)
+        assert "captions.json: not a file of captions, neither COCO's nor" in command(*flags, *captions)
     assert not (tmp_path / "out").exists()
 
 
