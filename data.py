@@ -567,10 +567,10 @@ def read_captions(path, root):
             names = {image["id"]: image["file_name"] for image in content["images"]}
             pairs = [(names[caption["image_id"]], caption["caption"]) for caption in content["annotations"]]
         else:
-            pairs = [(name, caption) for name, captions in content.items() for caption in list(captions)]
+            pairs = [(name, caption) for name, captions in content.items() for caption in [] + captions]
         names, captions = zip(*sorted(pairs, key=lambda pair: pair[0]))
-        if {type(text) for text in names + captions} != {str} or any(isinstance(c, str) for c in content.values()):
-            raise ValueError("names and captions must be text, captions in a list for each name")
+        if {type(text) for text in names + captions} != {str}:
+            raise ValueError("names and captions must be text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--captions {path}: not a file of captions, neither COCO's nor {{file name: [caption, ..]}} "
                          f"({type(error).__name__}: {one_line(error)})") from None

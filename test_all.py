@@ -1266,7 +1266,7 @@ def write_coco(root, count):
     names = [f"{name}/{i}.png" for name in "ab" for i in range(count // 2)]
     annotations = [{"image_id": 7 * i, "caption": f"a cat no {chr(97 + 3 * i + j)}"} for j in range(3) for i in range(count) if j <= i % 3]
     (root / "captions.json").write_text(json.dumps(
-        {"images": [{"id": 7 * i, "file_name": name} for i, name in enumerate(names)], "annotations": annotations}))
+        {"type": "captions", "images": [{"id": 7 * i, "file_name": name} for i, name in enumerate(names)], "annotations": annotations}))
     return ["encode", "--images", root / "images", "--image-size", "16"], ["--captions", root / "captions.json"]
 
 
