@@ -3,24 +3,32 @@
     dataset = load("cifar10", data_dir="data")          # torchvision's CIFAR10, downloaded if it is not there
     dataset = load("shapes", image_size=16)             # ten classes of drawn shapes, made here, no download
     dataset = load("photos/", image_size=64)            # your images: flat (no labels), or one folder for each class
-    dataset = load("imagenet256", data_dir="latents")   # what `python data.py encode` wrote: latents, labels or text
+    dataset = load("imagenet256")                       # latents, and labels or text features, made beforehand by
+
+    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out data/imagenet256 --image-size 256
 
 Small sets (under 2 GiB as uint8) live on the training device, where mirroring and scaling cost next to nothing: reading
 CIFAR10's 50,000 PNGs took 9 s on two CPU cores, and a batch is one gather. Larger sets are read by DataLoader workers.
 
-Order is a function of (seed, epoch) alone (`shuffled`), so that a run can be resumed or split over processes exactly.
+Order, and which of its captions an image comes with, are functions of the seed and the place in the stream of epochs
+alone (`shuffled`), so that a run can be resumed or split over processes exactly.
 """
+import argparse
+import hashlib
+import importlib
 import json
 import math
 import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image
 from tqdm import tqdm
@@ -50,8 +58,8 @@ def load(name, data_dir=None, image_size=None):
 def kind(name):
     """What sort of data a name or path is, without reading it: a name of DATASETS, or "folder" for own images.
 
-    An encoded folder counts as the set of the papers that it is most like: "mscoco256" with captions; "imagenet256"
-    without, and "imagenet512" where the latents are wider than 32. Raises as `load` does.
+    An encoded folder counts as the set of the papers that it is most like: "mscoco256" with captions, "imagenet256"
+    without, "imagenet512" if the latents are wider than 32. Raises as `load` does.
     """
     if name in DATASETS:
         return name
@@ -73,12 +81,12 @@ def kind(name):
 class Images:
     """What all kinds share: shape (C, H, W) of x_0, class names, labels (N,) int64 or None, `draws` and `prepare`.
 
-    A kind has `batches(order, device, workers)`: for each array (n, 2) of `order` (see `shuffled`), images uint8
-    (n, C, H, W), or latents, and labels (n,), text features (n, tokens, width) or None, on `device`.
-    Latents have an `encoding` (see `encode`), and those of captions (tokens, width) as `text`, and the empty string's
-    features as `null`.
+    A kind has `batches(order, device, workers)`: for each array (n, 2) of `order` (see `shuffled`) two tensors on
+    `device`: x, uint8 images (n, C, H, W), and y, their labels (n,) int64 or None. (`Latents` differ in both.)
     """
-    text = null = encoding = None
+    text = None         # (tokens, width) of text features, where these are y
+    null = None         # and (tokens, width) float32, those of the empty string
+    encoding = None     # of latents: what made them, the dict of encoding.json (see `encode`)
 
     def __init__(self, shape, labels, class_names, flip):
         self.shape, self.labels, self.class_names, self.flip = tuple(shape), labels, tuple(class_names), flip
@@ -162,8 +170,9 @@ class ImagesOnDisk(OnDisk):
 class Latents(OnDisk):
     """A folder written by `encode`: Gaussians of an autoencoder for each image and its mirror, and labels or text.
 
-    Batches hold moments (n, 2, 2C, h, w) in the type of the file: image and mirror; C means, then C log variances.
-    `prepare` draws x_0 from them. There is no mirroring where there is text ("left of" would turn wrong).
+    x is moments (n, 2, 2C, h, w) in the type of the file: of image and mirror, C means, then C log variances; `prepare`
+    draws x_0 from them. y is labels, or features (n, tokens, width) float32 of one caption of each image, by its random
+    number; then there is no mirroring, as in U-ViT ("left" would turn wrong).
     Raises ValueError or FileNotFoundError where the folder is incomplete, damaged or of another image size.
     """
 
@@ -225,7 +234,7 @@ def read_encoding(root):
     """encoding.json of an encoded folder, a dict (its keys: see `encode`). Raises ValueError where it is none."""
     try:
         encoding = json.loads((Path(root) / "encoding.json").read_text())
-        encoding["shape"], encoding["text"], encoding["count"], encoding["scale"], encoding["image_size"]
+        [encoding[key] for key in ("shape", "text", "count", "scale", "image_size", "class_names")]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{root}: its encoding.json is not one of data.py encode ({error!r})") from None
     return encoding
@@ -267,6 +276,11 @@ def open_image(path):
 def to_tensor(image):
     """Pillow's RGB image -> uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def one_line(error):
+    """What an error of somebody else's says, without line breaks and not too long."""
+    return " ".join(str(error).split())[:200]
 
 
 def read_image(path, size):
@@ -377,9 +391,9 @@ def cifar10(data_dir=None, image_size=None):
 def celeba64(data_dir=None, image_size=None):
     """The faces of CelebA, cropped as in U-ViT, 64x64, no labels.
 
-    The aligned images lie in data_dir (default data/celeba64 or data/celeba), in its img_align_celeba/ or, as torchvision
-    keeps them, celeba/img_align_celeba/; where they do not, torchvision's download is tried. If all 202,599 images are
-    there, the first 162,770, which are the training split, are used; if another number is there, all of them.
+    The aligned images lie in data_dir (default data/celeba64 or data/celeba), in its img_align_celeba/ or, where
+    torchvision puts them, celeba/img_align_celeba/. If there are none, torchvision's download is tried. Of the whole
+    set, 202,599 images, the first 162,770 are used, which are its training split; of any other number, all.
     """
     roots = [Path(data_dir)] if data_dir else [Path("data/celeba64"), Path("data/celeba")]
     places = [root / below for root in roots for below in ("celeba/img_align_celeba", "img_align_celeba", "")]
@@ -390,8 +404,8 @@ def celeba64(data_dir=None, image_size=None):
         except Exception as error:      # gdown's absence or complaint about the quota, URLError, RuntimeError, OSError
             raise FileNotFoundError(
                 f"celeba64: no images in {' or '.join(map(str, roots))}, and the download failed "
-                f"({' '.join(str(error).split())}); unpack img_align_celeba.zip "
-                "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) there, or say where it is with --data-dir") from None
+                f"({one_line(error)}); unpack img_align_celeba.zip "
+                "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) there, or give its folder to --data-dir") from None
         root = Path(data_dir or "data") / "celeba/img_align_celeba"
     files = list_images(root)[0]
     return from_files(root, files[:162_770] if len(files) == 202_599 else files, None, (), image_size or 64, read_face)
@@ -400,7 +414,7 @@ def celeba64(data_dir=None, image_size=None):
 def imagenet64(data_dir=None, image_size=None):
     """ImageNet's class folders (n01440764/, ..) in data_dir (default data/imagenet) or data_dir/train, at 64x64.
 
-    Whole photographs take long to decode in every epoch: a copy of the set with a short side of 64 trains the same.
+    They are decoded anew in every epoch: a photograph of 500x375 takes a core 3 ms, so --workers decides the speed.
     """
     root = Path(data_dir or "data/imagenet")
     root = root / "train" if (root / "train").is_dir() else root
@@ -491,6 +505,244 @@ def imagenet_names():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion's autoencoder and CLIP. diffusers and transformers are needed here alone.
+
+AUTOENCODER, CLIP, SCALE = "stabilityai/sd-vae-ft-ema", "openai/clip-vit-large-patch14", 0.18215
+
+
+def pretrained(package, class_name, name, **options):
+    """An object of a class of diffusers or transformers, from a folder of save_pretrained or by huggingface.co's name.
+
+    Raises ValueError in one line where the package is missing, or nothing can be read under that name.
+    """
+    try:
+        cls = getattr(importlib.import_module(package), class_name)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"{name}: needs the package {package}: pip install {package} ({one_line(error)})") from None
+    try:
+        return cls.from_pretrained(name, **options)
+    except Exception as error:      # OSError, HTTP errors, KeyError, whatever the reader makes of other files
+        raise ValueError(f"{name}: no {class_name} could be read from a folder, nor from huggingface.co, of that name "
+                         f"({one_line(error)})") from None
+
+
+class Autoencoder:
+    """A KL autoencoder of Stable Diffusion, frozen, in float32 (float16 overflows in some of them)."""
+
+    def __init__(self, name=AUTOENCODER, device="cpu", scale=None):
+        net = pretrained("diffusers", "AutoencoderKL", name, low_cpu_mem_usage=False)   # True asks for one more package
+        self.net = net.to(device).requires_grad_(False).eval()
+        self.device, self.scale = device, SCALE if scale is None else scale
+
+    def moments(self, x):
+        """Images (n, 3, S, S), uint8 or in [-1, 1] -> C means and C log variances, (n, 2C, s, s) float32, unscaled."""
+        x = x.to(self.device)
+        return self.net.encode(x if x.is_floating_point() else x / 127.5 - 1).latent_dist.parameters
+
+    def decode(self, latents):
+        """Scaled latents (n, C, s, s) -> images, uint8 (n, 3, S, S), on the device; a few at a time, to save memory."""
+        parts = (latents.to(self.device, torch.float32) / self.scale).split(8)
+        return torch.cat([to_uint8(self.net.decode(part).sample) for part in parts])
+
+
+class TextEncoder:
+    """CLIP's text model, frozen: captions -> last hidden states (n, tokens, width) float32, all cut or padded to 77."""
+
+    def __init__(self, name=CLIP, device="cpu"):
+        self.tokenizer = pretrained("transformers", "CLIPTokenizer", name)
+        net = pretrained("transformers", "CLIPTextModel", name)
+        self.net = net.to(device).float().requires_grad_(False).eval()
+        self.device, self.tokens = device, net.config.max_position_embeddings
+        if len(self.tokenizer) < net.config.vocab_size:     # transformers makes an empty one where there are no files
+            raise ValueError(f"{name}: lacks the tokenizer of its text model (tokenizer.json)")
+
+    def __call__(self, captions):
+        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.tokens,
+                                return_tensors="pt")
+        return self.net(input_ids=tokens.input_ids.to(self.device)).last_hidden_state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py encode
+
+
+def read_captions(path, root):
+    """A JSON file of captions -> (image files below root, sorted; the first caption of each, (N + 1,); captions).
+
+    As COCO's ("images" with id and file_name, "annotations" with image_id and caption), or {file name: [caption, ..]}.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        if "annotations" in content:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            pairs = [(names[caption["image_id"]], caption["caption"]) for caption in content["annotations"]]
+        else:
+            pairs = [(name, caption) for name, captions in content.items() for caption in [] + captions]
+        names, captions = zip(*sorted(pairs, key=lambda pair: pair[0]))
+        if {type(text) for text in names + captions} != {str}:
+            raise ValueError("names and captions must be text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--captions {path}: not a file of captions, neither COCO's nor {{file name: [caption, ..]}} "
+                         f"({type(error).__name__}: {one_line(error)})") from None
+    names, first = np.unique(names, return_index=True)
+    files = [Path(root) / str(name) for name in names]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: no such image, but {path} has captions for it ({len(missing)} of "
+                                f"{len(files)} are missing)")
+    return files, np.append(first, len(captions)), captions
+
+
+def write_rows(path, first, rows):
+    """Put an array (n, ..) into a .npy file of its type, from row `first` on; it is on the disk when this returns.
+
+    Written, not mapped: what is beside it on a page may be another process's, on another machine.
+    """
+    offset = np.load(path, mmap_mode="r").offset        # the length of the header
+    with open(path, "r+b") as file:
+        file.seek(offset + first * rows[0].nbytes)
+        file.write(rows.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_missing(path, rows_of, batch_size, rank, world):
+    """Fill this process's batches of rows of a .npy file, but those marked in <name>_done.npy.
+
+    rows_of(spans) yields a tensor for each span (first, end) in turn. Rows are on the disk before they are marked, so
+    a process killed at any moment has lost no more than the batch it was in.
+    """
+    marks = path.with_name(f"{path.stem}_done.npy")
+    done = np.load(marks)
+    spans = [(first, min(first + batch_size, len(done))) for first in range(0, len(done), batch_size)]
+    mine = [(first, end) for first, end in spans[rank::world] if not done[first:end].all()]
+    with tqdm(total=len(done), initial=int(done.sum()), desc=path.stem, unit="row", disable=rank > 0,
+              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        for (first, end), rows in zip(mine, rows_of(mine)):
+            if not rows.isfinite().all():
+                raise ValueError(f"{path}: rows from {first} on are not finite in {rows.dtype}; use --type float32")
+            write_rows(path, first, rows.cpu().numpy())
+            write_rows(marks, first, np.ones(end - first, done.dtype))
+            bar.update(int(np.load(marks).sum()) - bar.n)       # of all processes
+
+
+def begin(out, encoding, arrays, shapes):
+    """Make the files of an encoding: `arrays` whole, and those of `shapes` empty, to be filled by write_missing.
+
+    Raises ValueError where they are there already, but of other settings or images.
+    """
+    if (out / "encoding.json").exists():
+        before = read_encoding(out)
+        changed = [key for key in encoding if before.get(key) != encoding[key]]
+        if changed:
+            raise ValueError(f"{out}: begun with other {', '.join(changed)}; give another --out, or remove this one")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, shape in shapes.items():
+        np.lib.format.open_memmap(out / f"{name}.npy", "w+", encoding["type"], shape)
+        arrays = {**arrays, f"{name}_done": np.zeros(shape[0], np.uint8)}
+    for name, array in arrays.items():
+        np.save(out / f"{name}.npy", array)
+    (out / "encoding.tmp").write_text(json.dumps(encoding, indent=2) + "\n")
+    os.replace(out / "encoding.tmp", out / "encoding.json")     # last: where it is, all the others are
+
+
+def encode(args):
+    """Images -> a folder that `load` reads. Several processes (torchrun) share the work; a killed run continues.
+
+    moments.npy    (N, 2, 2C, h, w): for image and mirror, C means and C log variances of the autoencoder
+    labels.npy     (N,) int64, where the images lie in class folders
+    text.npy       (M, tokens, width): CLIP's features of all captions
+    captions.npy   (N + 1,) int64: captions[i] to captions[i + 1] are the rows of text that belong to image i
+    null.npy       (tokens, width): the features of the empty string
+    .._done.npy    which rows of moments and text are written
+    encoding.json  autoencoder, scale, clip, image_size, type, count (N), shape (C, h, w), text (tokens, width) or null,
+                   class_names, and files, a checksum of all file names and captions
+    """
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found; start "
+                             "fewer processes, or use --device cpu")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if min(args.image_size, args.batch_size) < 1 or args.workers < 0:
+        raise ValueError("--image-size and --batch-size must be at least 1, --workers at least 0")
+    if args.captions:
+        (files, index, captions), names = read_captions(args.captions, args.images), ()
+    else:
+        (files, labels, names), captions = list_images(args.images), ()
+    content = json.dumps([[str(file.relative_to(args.images)) for file in files], captions])
+
+    autoencoder, clip = (str(Path(name).resolve()) if Path(name).is_dir() else name
+                         for name in (args.autoencoder, args.clip))
+    vae = Autoencoder(autoencoder, device)
+    text = TextEncoder(clip, device) if captions else None
+    dtype = getattr(torch, args.type)
+    shape = vae.moments(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1:]
+    if args.image_size % shape[-1]:
+        raise ValueError(f"--image-size {args.image_size}: latents of {shape[-1]} would decode to another size")
+    arrays, shapes = {"labels": labels} if names else {}, {"moments": (len(files), 2, *shape)}
+    if captions:
+        arrays = {"captions": index, "null": text([""])[0].to(dtype).cpu()}
+        shapes["text"] = (len(captions), *arrays["null"].shape)
+    encoding = dict(
+        autoencoder=autoencoder, scale=args.scale, clip=clip if captions else None, image_size=args.image_size,
+        type=args.type, count=len(files), shape=[shape[0] // 2, *shape[1:]],
+        text=list(shapes["text"][1:]) if captions else None, class_names=list(names),
+        files=hashlib.sha256(content.encode()).hexdigest())
+    if rank == 0:
+        begin(Path(args.out), encoding, arrays, shapes)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.barrier()
+
+    def moments_rows(spans):
+        images = ImagesOnDisk(files, None, (), args.image_size, read_image)
+        order = [np.stack([np.arange(first, end), np.zeros(end - first, np.int64)], axis=1) for first, end in spans]
+        for x, _ in images.batches(order, device, args.workers):
+            yield torch.stack([vae.moments(x), vae.moments(x.flip(-1))], dim=1).to(dtype)
+
+    def text_rows(spans):
+        for first, end in spans:
+            yield text(captions[first:end]).to(dtype)
+
+    for name, rows_of in (("moments", moments_rows), ("text", text_rows)):
+        if name in shapes:
+            write_missing(Path(args.out) / f"{name}.npy", rows_of, args.batch_size, rank, world)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        print(f"{args.out}: {len(files)} images as latents {tuple(encoding['shape'])}, {len(names) or 'no'} classes, "
+              f"{len(captions) or 'no'} captions")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser.add_subparsers(required=True, metavar="encode").add_parser(
+        "encode", help="images -> latents, captions -> text features (see encode --help)",
+        description="Images -> a folder of latents, and of labels or text features, that --data takes. Processes of "
+        "torchrun share the work. Interrupted, the same command continues.")
+    add = p.add_argument
+    add("--images", required=True, metavar="FOLDER", help="flat, or one folder for each class")
+    add("--out", required=True, metavar="FOLDER", help="data/<name> is where --data <name> looks (imagenet256, ..)")
+    add("--image-size", type=int, default=256, metavar="PIXELS", help="default 256")
+    add("--captions", metavar="JSON", help="COCO's captions_train2014.json, or a file of {file name: [caption, ..]}")
+    add("--autoencoder", default=AUTOENCODER, metavar="NAME_OR_FOLDER", help=f"default {AUTOENCODER}")
+    add("--scale", type=float, default=SCALE, help=f"of the latents (default {SCALE}; U-ViT on MS-COCO: 0.23010)")
+    add("--clip", default=CLIP, metavar="NAME_OR_FOLDER", help=f"text encoder (default {CLIP})")
+    add("--type", choices=["float16", "float32"], default="float16", help="in the files (default float16)")
+    add("--batch-size", type=int, default=32, metavar="N", help="images at a time on each process (default 32)")
+    add("--workers", type=int, default=4, metavar="N", help="reading processes of each process (default 4)")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if there is one")
+    encode(parser.parse_args(argv))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Writing images
 
 
@@ -520,3 +772,12 @@ def save_grid(images, path, rows=0):
         images = places.flatten(0, 1)
     grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
+        sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped; the same command continues")

@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -1261,6 +1262,183 @@ def test_bad_latents_are_named(tmp_path, make, name, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         data.load(*((name, root, 256) if name else (root,)))
     assert str(root) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Folders of a small autoencoder (images to half their size) and a small CLIP text model, weights at random."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vae, clip = (tmp_path_factory.mktemp(name) for name in ("vae", "clip"))
+    diffusers.AutoencoderKL(block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=4,
+                            up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4).save_pretrained(vae)
+    letters = [chr(c) + end for c in range(ord("a"), ord("z") + 1) for end in ("", "</w>")]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, "ca", "cat</w>"]
+    (clip / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (clip / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    transformers.CLIPTokenizer.from_pretrained(clip).save_pretrained(clip)
+    transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1)).save_pretrained(clip)
+    return ["--autoencoder", vae, "--clip", clip, "--workers", "0", "--device", "cpu"]
+
+
+def write_coco(root, count):
+    """Images in class folders, and a file in COCO's format with 1 + i % 3 captions for the i-th of them."""
+    for name in "ab":
+        write_images(root / "images" / name, count // 2, seed=ord(name))
+    names = [f"{name}/{i}.png" for name in "ab" for i in range(count // 2)]
+    annotations = [{"image_id": 7 * i, "caption": f"a cat no {chr(97 + 3 * i + j)}"} for j in range(3) for i in range(count) if j <= i % 3]
+    (root / "captions.json").write_text(json.dumps(
+        {"type": "captions", "images": [{"id": 7 * i, "file_name": name} for i, name in enumerate(names)], "annotations": annotations}))
+    return ["encode", "--images", root / "images", "--image-size", "16"], ["--captions", root / "captions.json"]
+
+
+def test_encoded_images_decode_as_the_autoencoder_itself_does(tmp_path, pretrained):
+    """Moments, labels and the decoder agree with diffusers' own round trip of image and mirror; scale is applied and taken back."""
+    import diffusers
+    flags, _ = write_coco(tmp_path, 6)
+    assert command("data.py", *flags, *pretrained, "--out", tmp_path / "out", "--type", "float32", "--scale", "0.3", "--batch-size", "4") is None
+    dataset, images = data.load(tmp_path / "out"), data.load(tmp_path / "images", image_size=16)
+    assert dataset.shape == (4, 8, 8) and dataset.class_names == ("a", "b") and torch.equal(dataset.labels, images.labels)
+    (moments, y), = dataset.batches([np.array([[i, 0] for i in range(6)])], "cpu")
+    mirror = torch.tensor([False, True] * 3)
+    x0 = dataset.prepare(moments, mirror, torch.zeros(6, 4, 8, 8))
+    x = images.prepare(images.images, mirror)
+    vae = diffusers.AutoencoderKL.from_pretrained(pretrained[1])
+    with torch.no_grad():
+        mean = vae.encode(x).latent_dist.mean
+        assert torch.allclose(x0, 0.3 * mean, atol=1e-5)
+        expected = (vae.decode(mean).sample * 127.5 + 127.5).clamp(0, 255)
+        drawn = vae.encode(x).latent_dist.sample(torch.Generator().manual_seed(0))
+    decoded = data.Autoencoder(dataset.encoding["autoencoder"], "cpu", dataset.encoding["scale"]).decode(x0)
+    assert decoded.dtype == torch.uint8 and (decoded - expected).abs().max() <= 0.51
+    noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(dataset.prepare(moments, mirror, noise), 0.3 * drawn, atol=1e-5)
+
+
+def test_encoded_captions_are_clips_last_hidden_states(tmp_path, pretrained):
+    """Every caption's features, and the empty string's, are what the text model gives for it alone, cut to its length."""
+    import transformers
+    flags, captions = write_coco(tmp_path, 6)
+    out = tmp_path / "out"
+    assert command("data.py", *flags, *captions, *pretrained, "--out", out, "--batch-size", "4") is None
+    tokenizer, model = transformers.CLIPTokenizer.from_pretrained(pretrained[3]), transformers.CLIPTextModel.from_pretrained(pretrained[3])
+
+    def features(caption):
+        tokens = tokenizer(caption, padding="max_length", max_length=12, truncation=True, return_tensors="pt").input_ids
+        assert tokens.shape == (1, 12) and tokens[0, 0] == 0
+        with torch.no_grad():
+            return model(tokens).last_hidden_state[0]
+
+    dataset = data.load(out)
+    assert dataset.text == (12, 16) and data.kind(out) == "mscoco256" and torch.allclose(dataset.null, features(""), atol=2e-3)
+    assert np.load(out / "captions.npy").tolist() == [0, 1, 3, 6, 7, 9, 12]
+    (_, y), = dataset.batches([np.array([[2, 0], [2, 1], [5, 5], [0, 9]])], "cpu")
+    for row, letter in zip(y, "ghra"):
+        assert torch.allclose(row, features(f"a cat no {letter}"), atol=2e-3)       # float16
+    assert data.TextEncoder(pretrained[3])(["cat " * 50, ""]).shape == (2, 12, 16)
+    shutil.copytree(pretrained[3], tmp_path / "clip", ignore=shutil.ignore_patterns("*token*", "vocab.json", "merges.txt"))
+    with pytest.raises(ValueError, match="clip: lacks the tokenizer of its text model"):
+        data.TextEncoder(tmp_path / "clip")
+    content = {name: [c, "x"] for name, c in (("b/0.png", "one"), ("a/1.png", "two"))}
+    (tmp_path / "simple.json").write_text(json.dumps(content))
+    files, index, texts = data.read_captions(tmp_path / "simple.json", tmp_path / "images")
+    assert [file.name for file in files] == ["1.png", "0.png"] and index.tolist() == [0, 2, 4] and texts == ("two", "x", "one", "x")
+
+
+def test_encoding_continues_after_its_last_whole_batch(tmp_path, pretrained, monkeypatch):
+    """Stopped between the rows of a batch and its mark, it begins with that batch again, and ends with the same files."""
+    flags, captions = write_coco(tmp_path, 12)
+    flags = [str(flag) for flag in (*flags, *captions, *pretrained, "--batch-size", "2", "--out")]
+    data.main([*flags, str(tmp_path / "whole")])
+    write_rows, written = data.write_rows, []
+
+    def dies(path, first, rows):
+        if (path.name, first) == ("moments_done.npy", 6):
+            raise KeyboardInterrupt
+        written.append((path.name, first))
+        write_rows(path, first, rows)
+
+    monkeypatch.setattr(data, "write_rows", dies)
+    with pytest.raises(KeyboardInterrupt):
+        data.main([*flags, str(tmp_path / "out")])
+    with pytest.raises(ValueError, match=r"only 16.7% encoded \(6 of 36 images and captions\); run the same command"):
+        data.load(tmp_path / "out")
+    monkeypatch.setattr(data, "write_rows", lambda *rows: (written.append((rows[0].name, rows[1])), write_rows(*rows)))
+    data.main([*flags, str(tmp_path / "out")])
+    assert [first for name, first in written if name == "moments.npy"] == [0, 2, 4, 6, 6, 8, 10]
+    assert all((tmp_path / "out" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "whole").iterdir())
+
+
+@slow
+def test_killed_encoding_continues_to_the_same_files(tmp_path, pretrained):
+    """Two processes, killed (-9) in their midst, then continued by three: the files of one process never interrupted, bit for bit."""
+    flags, captions = write_coco(tmp_path, 60)
+    flags = ["data.py", *flags, *captions, *pretrained, "--batch-size", "2", "--out"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert shell(*flags, whole).returncode == 0
+    flags.append(out)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    process = subprocess.Popen([*torchrun, "--nproc_per_node=2", *map(str, flags)], cwd=HERE, env=environment, start_new_session=True)
+    deadline = time.time() + 120
+    while not (out / "encoding.json").exists() or not 4 <= np.load(out / "moments_done.npy").sum():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.005)
+    for child in children(process.pid):
+        os.kill(child, signal.SIGKILL)
+    process.wait()
+    done = int(np.load(out / "moments_done.npy").sum())
+    assert 4 <= done < 60
+    with pytest.raises(ValueError, match=rf"\({done} of 180 images and captions\); run the same command"):
+        data.load(out)
+    assert subprocess.run([*torchrun, "--nproc_per_node=3", *map(str, flags)], cwd=HERE, env=environment).returncode == 0
+    assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
+    assert all((out / p.name).read_bytes() == p.read_bytes() for p in whole.iterdir())
+
+
+def children(pid):
+    """Process ids of a process and everything below it (Linux)."""
+    below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(grandchild for child in below for grandchild in children(int(child)))]
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--image-size", "32"], "begun with other image_size, shape"),
+    (["--scale", "0.5"], "begun with other scale;"),
+    (["--image-size", "17"], "would decode to another size"),
+    (["--batch-size", "0"], "--image-size and --batch-size must be at least 1"),
+    (["--autoencoder", HERE], "no AutoencoderKL could be read from a folder"),
+    (["--captions", "none.json"], "--captions none.json: not a file of captions"),
+])
+def test_encode_says_what_is_wrong_in_one_line(tmp_path, pretrained, change, message):
+    """Other settings than those begun with, impossible ones and files that are not there: one line, nothing changed."""
+    flags = ["data.py", *write_coco(tmp_path, 2)[0], *pretrained, "--out", tmp_path / "out"]
+    assert command(*flags) is None
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    error = command(*flags, *change)
+    assert error.startswith("data.py: ") and message in error and "\n" not in error
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    write_images(tmp_path / "images" / "c", 1)
+    assert "begun with other count, class_names, files;" in command(*flags)
+
+
+def test_missing_packages_and_captions_are_named(tmp_path, monkeypatch):
+    """Without diffusers or transformers one line says what to install; captions of images that are not there are named."""
+    flags, captions = write_coco(tmp_path, 2)
+    flags = ["data.py", *flags, "--out", tmp_path / "out", "--device", "cpu"]
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "stabilityai/sd-vae-ft-ema: needs the package diffusers: pip install diffusers" in command(*flags)
+    with pytest.raises(ValueError, match="openai/clip-vit-large-patch14: needs the package transformers: pip install transformers"):
+        data.TextEncoder()
+    (tmp_path / "images" / "b" / "0.png").unlink()
+    assert re.search(r"^data.py: .*b/0.png: no such image, but .*captions.json has captions for it \(1 of 2 are missing", command(*flags, *captions))
+    for content in ("{", "[]", "{}", '{"annotations": [{"id": 3}]}', '{"a/0.png": "not in a list"}'):
+        captions[1].write_text(content)
+        assert "captions.json: not a file of captions, neither COCO's nor" in command(*flags, *captions)
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
