@@ -36,9 +36,6 @@ from tqdm import tqdm
 IN_MEMORY = 2 * 2**30     # bytes of uint8 up to which a data set is held in memory
 IMAGE_SIZE = {"cifar10": 32, "celeba64": 64, "imagenet64": 64, "imagenet256": 256, "imagenet512": 512, "mscoco256": 256,
               "shapes": 16, "folder": 64}     # where nothing else is asked for
-AUTOENCODER, CLIP = "stabilityai/sd-vae-ft-ema", "openai/clip-vit-large-patch14"
-ENCODINGS = {name: dict(autoencoder=AUTOENCODER, scale=scale, image_size=IMAGE_SIZE[name], clip=clip) for name, scale, clip
-             in [("imagenet256", 0.18215, None), ("imagenet512", 0.18215, None), ("mscoco256", 0.23010, CLIP)]}
 
 
 def load(name, data_dir=None, image_size=None):
@@ -508,6 +505,9 @@ def imagenet_names():
 # Stable Diffusion's autoencoder and CLIP. diffusers and transformers are needed here alone.
 
 AUTOENCODER, CLIP, SCALE = "stabilityai/sd-vae-ft-ema", "openai/clip-vit-large-patch14", 0.18215
+ENCODINGS = {      # of the papers' weights, which come without an encoding.json
+    name: dict(autoencoder=AUTOENCODER, scale=scale, image_size=IMAGE_SIZE[name], clip=clip) for name, scale, clip
+    in [("imagenet256", SCALE, None), ("imagenet512", SCALE, None), ("mscoco256", 0.23010, CLIP)]}
 
 
 def pretrained(package, class_name, name, **options):
@@ -543,6 +543,11 @@ class Autoencoder:
         """Scaled latents (n, C, s, s) -> images, uint8 (n, 3, S, S), on the device; a few at a time, to save memory."""
         parts = (latents.to(self.device, torch.float32) / self.scale).split(8)
         return torch.cat([to_uint8(self.net.decode(part).sample) for part in parts])
+
+
+def decoder(encoding, device):
+    """A function from samples x_0 to uint8 images (n, 3, H, W): of pixels where encoding is None, else of latents."""
+    return Autoencoder(encoding["autoencoder"], device, encoding["scale"]).decode if encoding else to_uint8
 
 
 class TextEncoder:
@@ -744,11 +749,6 @@ def main(argv=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing images
-
-
-def decoder(encoding, device):
-    """A function from samples x_0 to uint8 images (n, 3, H, W): of pixels where encoding is None, else of latents."""
-    return Autoencoder(encoding["autoencoder"], device, encoding["scale"]).decode if encoding else to_uint8
 
 
 def to_uint8(x):

@@ -382,7 +382,7 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def draw_grid(model, schedule, config, dataset, null, decode, device, path):
+def draw_grid(model, schedule, config, dataset, null, autocast, decode, device, path):
     """A grid of samples at fixed noise: one row for each class (ten at most) or caption (eight), else 8 x 8."""
     classes = dataset.num_classes if config.class_cond else 0
     rows = 8 if dataset.text else min(classes, 10)
@@ -391,8 +391,9 @@ def draw_grid(model, schedule, config, dataset, null, decode, device, path):
     y = conditions.to(device)[torch.arange(len(indices)) % rows] if rows else None
     # A grid should cost seconds: DPM-Solver in 50 evaluations where the run's own sampler takes more than 100.
     sampler, steps = (config.sampler, config.sample_steps) if config.sample_steps <= 100 else ("dpm_solver", 50)
-    images = diffusion.generate(model, schedule, dataset.shape, indices, y, null, sampler=sampler, steps=steps,
-                                w=config.cfg, clip=config.clip_x0, seed=config.seed, device=device)
+    with autocast:
+        images = diffusion.generate(model, schedule, dataset.shape, indices, y, null, sampler=sampler, steps=steps,
+                                    w=config.cfg, clip=config.clip_x0, seed=config.seed, device=device)
     path.parent.mkdir(exist_ok=True)
     data.save_grid(decode(images), path, rows)
 
@@ -558,8 +559,8 @@ def main(argv=None):
                 shape=list(dataset.shape), class_names=list(dataset.class_names), encoding=dataset.encoding,
                 null=null), out / "checkpoint.pt")
         if samples and decode:
-            with autocast:
-                draw_grid(ema, schedule, config, dataset, null, decode, device, out / "samples" / f"{step:07d}.png")
+            path = out / "samples" / f"{step:07d}.png"
+            draw_grid(ema, schedule, config, dataset, null, autocast, decode, device, path)
         if logged_step == step:
             clock = time.perf_counter()     # the time of saving and sampling is not the training's
 
