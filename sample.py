@@ -138,7 +138,8 @@ def open_source(args, device):
         name, path, step, names = args.model, args.weights, None, []
         weights, key = read_weights(path, args.raw)
         rows = [len(w) for key, w in weights.items() if key.endswith(("label_emb.weight", "embedding_table.weight"))]
-        stem = [w for key, w in weights.items() if key in ("patch_embed.proj.weight", "x_embedder.proj.weight")]
+        stem = [w for key, w in weights.items()
+                if key in ("patch_embed.proj.weight", "x_embedder.proj.weight", "stem.weight")]
         null_row = config["label_dropout"] > 0      # whoever dropped labels has a row for the null label
         size = args.image_size or data.IMAGE_SIZE.get(args.data, 64)
         shape = (stem[0].shape[1] if stem else 3, size, size)

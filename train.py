@@ -39,10 +39,11 @@ import data
 import diffusion
 import dit
 import udit
+import unet
 import uvit
 
-MODELS = {**uvit.MODELS, **dit.MODELS, **udit.MODELS}
-NETWORKS = {"uvit": uvit.UViT, "dit": dit.DiT, "udit": udit.UDiT}
+MODELS = {**uvit.MODELS, **dit.MODELS, **udit.MODELS, **unet.MODELS}
+NETWORKS = {"uvit": uvit.UViT, "dit": dit.DiT, "udit": udit.UDiT, "unet": unet.UNet}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipes. A row for each model family and data set; "folder" serves every path given to --data.
@@ -58,6 +59,10 @@ RECIPES = {
     # DiT, arXiv:2212.09748, section 4, and U-DiT, arXiv:2405.02730, section 5
     ("dit", "folder"): DIT,
     ("udit", "folder"): DIT,
+    # U-Net: IDDPM's, arXiv:2102.09672, but with DDPM's betas; ADM's, arXiv:2105.05233, which DiT took over
+    ("unet", "cifar10"): dict(DIT, batch_size=128, steps=500_000, class_cond=False, label_dropout=0.0,
+                              sample_steps=1000),
+    ("unet", "folder"): DIT,
     # Ours, for minutes on two CPU cores
     ("uvit", "shapes"): dict(
         UVIT, batch_size=64, steps=5000, warmup=100, lr=4e-3, betas=(0.9, 0.99), class_cond=True, label_dropout=0.1,
