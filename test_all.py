@@ -911,6 +911,20 @@ def test_unet_takes_rectangles(arguments):
         model(batch[0].transpose(2, 3), *batch[1:])
 
 
+def test_unet_weights_sample_by_their_recipe(tmp_path, monkeypatch):
+    """--weights of a U-Net gives its channels and classes, and IDDPM's recipe on CIFAR10 has no labels."""
+    small = dict(channels=32, multipliers=(1,), blocks=1, attention=(), head_channels=32)
+    for name, dataset, shape, classes in [("unet_adm", str(tmp_path), (4, 16, 16), 10), ("unet_cifar", "cifar10", (3, 16, 16), 0)]:
+        monkeypatch.setitem(train.MODELS, name, unet.preset(**small))
+        weights = unet.UNet(**small, image_size=16, in_channels=shape[0], num_classes=classes).state_dict()
+        torch.save(weights, tmp_path / "w.pt")
+        given = sample.parse(["--weights", str(tmp_path / "w.pt"), "--model", name, "--data", dataset, "--image-size", "16"])
+        source = sample.open_source(given, torch.device("cpu"))
+        assert (source.shape, source.num_classes, source.null) == (shape, classes, classes or None)
+        assert source.settings["sampler"] == "ddpm" and isinstance(source.schedule, diffusion.DDPM)
+        assert same(source.model.state_dict(), weights)
+
+
 @pytest.mark.parametrize("arguments, words", [
     (dict(image_size=9), "not a multiple of 2, for 2 levels"), (dict(channels=48), "multiple of 32"), (dict(multipliers=()), "multipliers"),
     (dict(multipliers=(1, 0)), "multipliers"), (dict(blocks=0), "blocks 0"), (dict(attention=(4,)), r"not among the levels, \[1, 2\]"),

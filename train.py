@@ -59,7 +59,7 @@ RECIPES = {
     # DiT, arXiv:2212.09748, section 4, and U-DiT, arXiv:2405.02730, section 5
     ("dit", "folder"): DIT,
     ("udit", "folder"): DIT,
-    # U-Net: IDDPM's, arXiv:2102.09672, but with DDPM's betas; ADM's, arXiv:2105.05233, which DiT took over
+    # U-Net: IDDPM's, arXiv:2102.09672, but for its betas and dropout; ADM's, arXiv:2105.05233, which DiT took over
     ("unet", "cifar10"): dict(DIT, batch_size=128, steps=500_000, class_cond=False, label_dropout=0.0,
                               sample_steps=1000),
     ("unet", "folder"): DIT,

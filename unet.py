@@ -10,10 +10,10 @@ every layer of the encoder remember their output, and the decoder receives each 
 first out. Time and class meet in one vector c, which scales and shifts a norm in every block; where the image is small
 enough, its cells also attend to one another, and to the text:
 
-    x -> stem -> encoder ----------------------------> decoder -> norm, SiLU, conv -> noise           H   x W
-                   down -> encoder ------------> decoder -> up                                        H/2 x W/2
-                             down -> encoder -> decoder -> up                                         H/4 x W/4
-                                          middle                   t, y -> c = MLP(sinusoids(t)) + table[y]
+    x -> stem -> encoder ----------------------------> decoder -> norm, SiLU, conv -> noise       H   x W
+                   down -> encoder ---------------> decoder -> up                                 H/2 x W/2
+                             down -> encoder ---> decoder -> up                                   H/4 x W/4
+                                         middle                    t, y -> c = MLP(sinusoids(t)) + table[y]
 
     model = MODELS["unet_cifar"](image_size=32, in_channels=3)  # CIFAR10: 52.53 M parameters, 8.4 GMACs an image
     noise = model(x, t)                                         # x (N, 3, 32, 32), t (N,) the network's time
@@ -95,7 +95,8 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of tokens x (N, L, D) to a context (N, T, F), or to themselves -> (N, L, D).
 
-    softmax(q k^T / sqrt(D / H)) v for each of H heads. The fused kernel never holds the L x T matrix.
+    softmax(q k^T / sqrt(D / H)) v for each of H heads, where q, k and v have no biases, as in LDM. The fused kernel
+    never holds the L x T matrix.
     """
 
     def __init__(self, width, heads, context=None):
@@ -173,13 +174,12 @@ class Layer(nn.ModuleList):
 
 
 class UNet(nn.Module):
-    """The U-Net: predicts the noise in x_t and, with learn_sigma, the variance of a denoising step.
+    """The U-Net: predicts the noise in x_t and, with learn_sigma, where its variance lies in the allowed range.
 
-    image_size    int, or (height, width), in pixels or latent cells; halved between levels, so multiples of
-                  2^(levels - 1)
+    image_size    int, or (height, width), in pixels or latent cells; each a multiple of 2^(levels - 1)
     in_channels   C of the input, and of the noise
-    channels      D, a multiple of 32; time is D sinusoids, then 4D numbers
-    multipliers   width of each level, over D
+    channels      D, a multiple of 32; time is D sinusoids, and c (N, 4D)
+    multipliers   width of each level, over D; the stem is as wide as the first
     blocks        residual blocks of a level in the encoder; the decoder has one more, so that each skip has its block
     attention     the levels that attend, by how far they are down: (2, 4) are those of H/2 and H/4; the middle always
     head_channels channels of an attention head; the width of every level that attends must be a multiple of it
@@ -189,8 +189,7 @@ class UNet(nn.Module):
     num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes)
     null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
     text_dim      0: no text. Otherwise y is (N, text_tokens, text_dim) features, and what attends is a TransformerBlock
-    learn_sigma   output 2C channels, the noise, then v in log variance = u log(beta) + (1 - u) log(posterior variance),
-                  u = (v + 1) / 2; otherwise C channels, the noise
+    learn_sigma   C more channels of output
     checkpoint    recompute every layer's activations in the backward pass: less memory, more time
 
     Raises ValueError where these do not fit together.
@@ -229,7 +228,7 @@ class UNet(nn.Module):
             heads = width // head_channels
             return TransformerBlock(width, heads, text_dim) if text_dim else AttentionBlock(width, heads)
 
-        def layer(down, before, width):
+        def parts(down, before, width):
             return [block(before, width)] + ([attend(width)] if down in attention else [])
 
         def change(way, width):
@@ -250,14 +249,14 @@ class UNet(nn.Module):
                 self.encoder.append(Layer([change("down", before)]))
                 skips.append(before)
             for _ in range(blocks):
-                self.encoder.append(Layer(layer(down, before, width)))
+                self.encoder.append(Layer(parts(down, before, width)))
                 skips.append(width)
                 before = width
         self.middle = Layer([block(width, width), attend(width), block(width, width)])
         for down, width in reversed(levels):
             for i in range(blocks + 1):
                 up = [change("up", width)] if down > 1 and i == blocks else []
-                self.decoder.append(Layer(layer(down, before + skips.pop(), width) + up))
+                self.decoder.append(Layer(parts(down, before + skips.pop(), width) + up))
                 before = width
         self.norm, self.head = group_norm(width), zero(conv3(width, (1 + learn_sigma) * in_channels))
 
@@ -313,16 +312,17 @@ def preset(**size):
     return lambda **overrides: UNet(**{**size, **overrides})
 
 
-# name -> function(**overrides) -> UNet. In brackets, what is published of M parameters and GMACs.
+# name -> function(**overrides) -> UNet. In brackets, the published M parameters and GMACs: where a paper leaves a
+# choice (how levels are joined, how wide the stem is, how time enters), it is the one that meets them.
 MODELS = {
     # data "shapes" on a laptop CPU
     "unet_tiny": preset(channels=32, multipliers=(1, 2, 2), blocks=1, attention=(4,), head_channels=32),
-    # IDDPM on CIFAR10: 52.5 M parameters (53)
+    # IDDPM on CIFAR10: 52.5 M (53)
     "unet_cifar": preset(channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(2, 4)),
-    # ADM on latents of ImageNet 256, as U-ViT compares with it: 645.9 M (646), 135.4 GMACs (135) with 1000 classes
+    # ADM on latents of ImageNet 256, as U-ViT compares with it: with 1000 classes 645.9 M (646), 135.4 GMACs (135)
     "unet_adm": preset(in_channels=4, channels=320, multipliers=(2, 2, 4), blocks=3, attention=(2, 4),
                        resample="block"),
-    # LDM on latents of MS-COCO, as U-ViT compares with it: 53.0 M (53) with 77 tokens of 768 numbers
+    # LDM on latents of MS-COCO, as U-ViT compares with it: with 77 tokens of 768 numbers 53.0 M (53)
     "unet_ldm_text": preset(in_channels=4, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(2, 4),
                             head_channels=32, scale_shift=False, text_dim=768),
 }
