@@ -1699,9 +1699,10 @@ def test_released_dit_weights_sample_by_their_recipe(tmp_path, monkeypatch, name
 
 
 @pytest.mark.parametrize("name, arguments", [
-    ("dit_tiny", ["width=32", "heads=2"]), ("udit_tiny", ["width=16", "heads=2"]), ("unet_tiny", ["learn_sigma=true"])])
+    ("dit_tiny", ["width=32", "heads=2"]), ("udit_tiny", ["width=16", "heads=2"]),
+    ("unet_tiny", ["learn_sigma=true", "--schedule", "ddpm"])])
 def test_dit_and_udit_train_and_sample_in_the_same_harness(tmp_path, name, arguments):
-    """A DiT, a U-DiT and a U-Net train on shapes with the hybrid loss of their recipe, and their checkpoints sample."""
+    """A DiT, a U-DiT and a U-Net train on shapes with the hybrid loss (for the first two their recipe), and their checkpoints sample."""
     train.main([*SMALL, "--model", name, "--model-args", *arguments, "--out", str(tmp_path)])
     assert json.loads((tmp_path / "config.json").read_text())["schedule"] == "ddpm"
     images, labels = sampled(tmp_path, tmp_path / "x.npz", "--num", 10, "--cfg", 2)

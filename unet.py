@@ -69,7 +69,7 @@ class ResBlock(nn.Module):
         x <- shortcut(resample(x)) + conv2(SiLU((1 + scale) norm2(h) + shift)),     (scale, shift) = Linear(SiLU(c))
 
     shortcut is a 1x1 convolution where D is not C. resample: "down" averages 2x2 cells, "up" repeats each, None leaves
-    H and W. Without scale_shift, h plus a Linear function of SiLU(c) enters norm2, which then is all (Ho et al., LDM).
+    H and W. Without scale_shift, a Linear function of SiLU(c) is added to h, and norm2 is plain (Ho et al., LDM).
     """
 
     def __init__(self, width, out, embed, scale_shift=True, resample=None):
@@ -114,7 +114,7 @@ class Attention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x <- x + attention(norm(x)), x (N, C, H, W): every cell attends to all (IDDPM, ADM)."""
+    """x <- x + attention(norm(x)), x (N, C, H, W): every cell attends to all, and there is no text (IDDPM, ADM)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -315,7 +315,7 @@ def preset(**size):
 # name -> function(**overrides) -> UNet. In brackets, the published M parameters and GMACs: where a paper leaves a
 # choice (how levels are joined, how wide the stem is, how time enters), it is the one that meets them.
 MODELS = {
-    # data "shapes" on a laptop CPU
+    # for data "shapes" on a laptop CPU: 1.2 M
     "unet_tiny": preset(channels=32, multipliers=(1, 2, 2), blocks=1, attention=(4,), head_channels=32),
     # IDDPM on CIFAR10: 52.5 M (53)
     "unet_cifar": preset(channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(2, 4)),
