@@ -178,7 +178,8 @@ def released_arguments(weights, config, image_size, encoding):
     size = image_size // 8 if encoding else image_size          # the autoencoders' latents: 8 times smaller
     null_row = config["label_dropout"] > 0                      # whoever dropped labels has a row for the null label
     rows = [len(w) for key, w in weights.items() if key.endswith(("label_emb.weight", "embedding_table.weight"))]
-    stems = [w for key, w in weights.items() if key in ("patch_embed.proj.weight", "x_embedder.proj.weight")]
+    stems = [w for key, w in weights.items()
+             if key in ("patch_embed.proj.weight", "x_embedder.proj.weight", "stem.weight")]
     channels, patch = (stems[0].shape[1], stems[0].shape[-1]) if stems else (3, 1)
     arguments = dict(image_size=size, in_channels=channels, num_classes=rows[0] - null_row if rows else 0,
                      null_class=null_row)

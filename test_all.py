@@ -38,6 +38,7 @@ import dit
 import sample
 import train
 import udit
+import unet
 import uvit
 
 HERE = Path(__file__).parent
@@ -752,6 +753,206 @@ def test_udit_compiles_whole():
     compiled.square().mean().backward()
     assert relative(compiled, out.detach()) < 1e-4
     assert all(((p.grad - grad).norm() / (grad.norm() + 1e-9)).item() < 1e-3 for p, grad in zip(model.parameters(), grads))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# unet.py
+
+UNET_TINY = dict(image_size=8, channels=32, multipliers=(1, 2), attention=(2,))
+UNET_VARIANTS = {   # arguments, and labels or text
+    "iddpm": dict(num_classes=5), "ldm": dict(text_dim=12, text_tokens=3, scale_shift=False),
+    "adm": dict(num_classes=5, resample="block", multipliers=(2, 2), attention=(1, 2), learn_sigma=True),
+}
+every_unet = pytest.mark.parametrize("arguments", UNET_VARIANTS.values(), ids=UNET_VARIANTS.keys())
+
+
+def tiny_unet(filled=True, **arguments):
+    """A tiny U-Net, its weights not zero where filled, and a batch for it."""
+    model = unet.MODELS["unet_tiny"](**{**UNET_TINY, **arguments})
+    if filled:
+        model.load_state_dict(fill(model.state_dict()))
+    return model, inputs((4, 3, *model.image_size), num_classes=model.label_rows, text=model.text_shape, times=(0, 999))
+
+
+@pytest.mark.parametrize("name, arguments, parameters, gmacs", [
+    ("unet_cifar", {}, 53, 8.38), ("unet_adm", dict(num_classes=1000), 646, 135), ("unet_ldm_text", {}, 53, 8.41)])
+def test_unet_has_the_published_size(name, arguments, parameters, gmacs):
+    """Parameters and multiply-adds are as published, to the digits given (GMACs: unet_adm's; the others' are our own count)."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:       # shapes alone: nothing is computed
+        model = unet.MODELS[name](**arguments)
+        x, t = torch.zeros(1, model.in_channels, 32, 32), torch.zeros(1)
+        y = torch.zeros(1, *model.text_shape) if model.text_shape else torch.zeros(1, dtype=torch.int64) if model.label_rows else None
+        assert model(x, t, y).shape == x.shape
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, rel=0.01)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=5e-3)
+
+
+@every_unet
+def test_unet_starts_as_zero(arguments):
+    """A new network returns exactly zero, C or 2C channels; its blocks and attention return what they were given, bit for bit."""
+    model, batch = tiny_unet(filled=False, **arguments)
+    assert model(*batch).shape == (4, 6 if model.head.out_channels == 6 else 3, 8, 8) and not model(*batch).any()
+    assert (model.head.out_channels == 6) == arguments.get("learn_sigma", False)
+    x, c, text = torch.randn(4, model.middle[0].norm1.num_channels, 2, 2), torch.randn(4, 128), batch[2] if model.text_shape else None
+    assert torch.equal(model.middle(x, c, text), x)
+
+
+@every_unet
+def test_unet_learns(arguments):
+    """Each variant uses all its parameters and lowers the loss on one batch by a third in 30 steps."""
+    torch.manual_seed(0)
+    model, batch = tiny_unet(filled=False, **arguments)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
+    target, losses = torch.randn(4, model.head.out_channels, 8, 8), []
+    for _ in range(30):
+        loss = F.mse_loss(model(*batch), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    assert losses[-1] < 0.67 * losses[0]
+
+
+@torch.no_grad()
+def test_unet_blocks_are_their_formulas():
+    """A residual block and both kinds of attention equal what their docstrings say, written out with an explicit softmax."""
+    x, c, text = torch.randn(2, 64, 4, 6), torch.randn(2, 8), torch.randn(2, 3, 12)
+    for scale_shift, resample, way in [(True, None, lambda z: z), (True, "down", lambda z: z.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))),
+                                       (False, "up", lambda z: z.repeat_interleave(2, 2).repeat_interleave(2, 3))]:
+        block = unet.ResBlock(64, 96, 8, scale_shift, resample)
+        block.load_state_dict(fill(block.state_dict()))
+        h, condition = block.conv1(way(F.silu(block.norm1(x)))), (block.condition.weight @ F.silu(c).T).T + block.condition.bias
+        if scale_shift:
+            h = (1 + condition[:, :96, None, None]) * block.norm2(h) + condition[:, 96:, None, None]
+        else:
+            h = block.norm2(h + condition[:, :, None, None])
+        assert relative(block(x, c), block.shortcut(way(x)) + block.conv2(F.silu(h))) < 1e-5
+
+    def attend(attention, z, context):
+        out = []
+        for q, k, v in zip(*(rows.chunk(2, dim=-1) for rows in (attention.q(z), *attention.kv(context).chunk(2, dim=-1)))):     # two heads
+            out.append((q @ k.transpose(1, 2) / math.sqrt(32)).softmax(-1) @ v)
+        return attention.proj(torch.cat(out, dim=-1))
+
+    plain, transformer = unet.AttentionBlock(64, 2), unet.TransformerBlock(64, 2, 12)
+    for block in (plain, transformer):
+        block.load_state_dict(fill(block.state_dict()))
+    z = plain.norm(x).permute(0, 2, 3, 1).reshape(2, 24, 64)
+    assert relative(plain(x, None), x + attend(plain.attn, z, z).reshape(2, 4, 6, 64).permute(0, 3, 1, 2)) < 1e-5
+    z = transformer.proj_in(transformer.norm(x).permute(0, 2, 3, 1).reshape(2, 24, 64))
+    z = z + attend(transformer.attn, transformer.norm1(z), transformer.norm1(z))
+    z = z + attend(transformer.cross_attn, transformer.norm2(z), text)
+    h = transformer.fc1(transformer.norm3(z))
+    z = transformer.proj_out(z + transformer.fc2(h[..., :256] * F.gelu(h[..., 256:])))
+    assert relative(transformer(x, text), x + z.reshape(2, 4, 6, 64).permute(0, 3, 1, 2)) < 1e-5
+
+
+@torch.no_grad()
+def test_unet_skips_join_at_their_own_resolution():
+    """The decoder takes every output of stem and encoder once, last in, first out, at the size that it had."""
+    model, batch = tiny_unet(multipliers=(1, 2, 4), blocks=2, attention=())
+    kept, joined = [], []
+    for layer in (model.stem, *model.encoder):
+        layer.register_forward_hook(lambda module, given, out: kept.append(out))
+    for layer in model.decoder:
+        layer.register_forward_hook(lambda module, given, out: joined.append(given[3]))
+    model(*batch)
+    assert len(kept) == 9 and all(a is b for a, b in zip(kept, reversed(joined), strict=True))
+    assert [out.shape[-1] for out in kept] == [8, 8, 8, 4, 4, 4, 2, 2, 2]
+
+
+@torch.no_grad()
+def test_unet_labels_text_and_times_reach_the_output():
+    """Each label, the null label, each text and each time give another output; an image's output does not depend on its batch."""
+    model, (x, t, _) = tiny_unet(num_classes=3)
+    reader, (_, _, text) = tiny_unet(text_dim=12, text_tokens=3)
+    x, t = x[:1].repeat(4, 1, 1, 1), torch.full((4,), 500.0)
+    for network, y in (model, torch.arange(4)), (reader, text):
+        out = network(x, t, y)
+        assert min((out[i] - out[j]).abs().max() for i in range(4) for j in range(i)) > 1e-3
+        assert (network(x, t + 100, y) - out).abs().max() > 1e-3
+        assert relative(network(x[:1], t[:1], y[3:]), out[3:]) < 1e-5
+    assert tiny_unet(num_classes=3, null_class=False)[0].label_emb.num_embeddings == 3
+
+
+@every_unet
+def test_unet_checkpointing_changes_no_gradient(arguments):
+    """checkpoint=True runs every layer's forward twice and gives the same gradients, bit for bit."""
+    model, batch = tiny_unet(**arguments)
+    calls, grads, layers = [], [], (*model.encoder, model.middle, *model.decoder)
+    for layer in layers:
+        layer[0].register_forward_pre_hook(lambda *_: calls.append(0))     # (the second one ends early)
+    for model.checkpoint, times in ((False, 1), (True, 2)):
+        model.zero_grad()
+        calls.clear()
+        model(*batch).square().mean().backward()
+        assert len(calls) == times * len(layers)
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert same(*grads)
+
+
+@every_unet
+@torch.no_grad()
+def test_unet_runs_in_bfloat16_and_channels_last(arguments):
+    """Autocast to bfloat16 stays within 3 % of float32; .to(memory_format=torch.channels_last) and float64 change nothing."""
+    model, batch = tiny_unet(**arguments)
+    out = model(*batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(*batch)
+    assert ((half - out).norm() / out.norm()).item() < 0.03
+    assert relative(model.to(memory_format=torch.channels_last)(*batch), out) < 1e-5
+    double = [z if z is None or not z.is_floating_point() else z.double() for z in batch]
+    assert relative(model.double()(*double), out) < 1e-5
+
+
+@every_unet
+@torch.no_grad()
+def test_unet_takes_rectangles(arguments):
+    """Height and width may differ, in multiples of 2^(levels - 1), and are not confused."""
+    model, batch = tiny_unet(**{**arguments, "image_size": (4, 10)})
+    assert model(*batch).shape[2:] == (4, 10) and model(*batch).isfinite().all()
+    with pytest.raises(ValueError, match="expected"):
+        model(batch[0].transpose(2, 3), *batch[1:])
+
+
+def test_unet_weights_sample_by_their_recipe(tmp_path, monkeypatch):
+    """--weights of a U-Net gives its channels and classes, and IDDPM's recipe on CIFAR10 has no labels."""
+    small = dict(channels=32, multipliers=(1,), blocks=1, attention=(), head_channels=32)
+    for name, dataset, shape, classes in [("unet_adm", str(tmp_path), (4, 16, 16), 10), ("unet_cifar", "cifar10", (3, 16, 16), 0)]:
+        monkeypatch.setitem(train.MODELS, name, unet.preset(**small))
+        weights = unet.UNet(**small, image_size=16, in_channels=shape[0], num_classes=classes).state_dict()
+        torch.save(weights, tmp_path / "w.pt")
+        given = sample.parse(["--weights", str(tmp_path / "w.pt"), "--model", name, "--data", dataset, "--image-size", "16"])
+        source = sample.open_source(given, torch.device("cpu"))
+        assert (source.shape, source.num_classes, source.null) == (shape, classes, classes or None)
+        assert source.settings["sampler"] == "ddpm" and isinstance(source.schedule, diffusion.DDPM)
+        assert same(source.model.state_dict(), weights)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(image_size=9), "not a multiple of 2, for 2 levels"), (dict(channels=48), "multiple of 32"), (dict(multipliers=()), "multipliers"),
+    (dict(multipliers=(1, 0)), "multipliers"), (dict(blocks=0), "blocks 0"), (dict(attention=(4,)), r"not among the levels, \[1, 2\]"),
+    (dict(head_channels=48), "head_channels 48"), (dict(resample="pool"), "'pool' is none of"), (dict(num_classes=2, text_dim=2), "labels or text"),
+])
+def test_unet_refuses_arguments_that_do_not_fit(arguments, words):
+    """A wrong argument is named in one line of a ValueError, an unknown one raises TypeError."""
+    with pytest.raises(ValueError, match=words) as error:
+        tiny_unet(**arguments)
+    assert "\n" not in str(error.value)
+    with pytest.raises(TypeError, match="patch_size"):
+        tiny_unet(patch_size=2)
+
+
+def test_unet_refuses_inputs_that_do_not_fit():
+    """A wrong shape, a missing, superfluous or float condition raises ValueError in one line."""
+    (model, (x, t, y)), (reader, (_, _, text)), (plain, _) = (tiny_unet(**given) for given in (dict(num_classes=5), dict(text_dim=12, text_tokens=3), {}))
+    for network, given in [(model, (x[:, :2], t, y)), (model, (x[..., :4], t, y)), (model, (x, t[:1], y)), (model, (x, t, None)),
+                           (model, (x, t, y.float())), (model, (x, t, y[:1])), (reader, (x, t, None)), (reader, (x, t, text[:, :2])),
+                           (reader, (x, t, y)), (plain, (x, t, y))]:
+        with pytest.raises(ValueError, match="UNet: ") as error:
+            network(*given)
+        assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1884,9 +2085,10 @@ def test_released_dit_weights_sample_by_their_recipe(tmp_path, monkeypatch, name
 
 
 @pytest.mark.parametrize("name, arguments", [
-    ("dit_tiny", ["width=32", "heads=2"]), ("udit_tiny", ["width=16", "heads=2"])])
+    ("dit_tiny", ["width=32", "heads=2"]), ("udit_tiny", ["width=16", "heads=2"]),
+    ("unet_tiny", ["learn_sigma=true", "--schedule", "ddpm"])])
 def test_dit_and_udit_train_and_sample_in_the_same_harness(tmp_path, name, arguments):
-    """A DiT and a U-DiT train on shapes with the hybrid loss of their recipe, and their checkpoints sample."""
+    """A DiT, a U-DiT and a U-Net train on shapes with the hybrid loss (for the first two their recipe), and their checkpoints sample."""
     train.main([*SMALL, "--model", name, "--model-args", *arguments, "--out", str(tmp_path)])
     assert json.loads((tmp_path / "config.json").read_text())["schedule"] == "ddpm"
     images, labels = sampled(tmp_path, tmp_path / "x.npz", "--num", 10, "--cfg", 2)
