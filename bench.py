@@ -40,7 +40,8 @@ import data
 import diffusion
 import train
 
-BLOCK = 0.2     # seconds
+BLOCK = 0.2                                     # seconds
+CEILING = {"cpu": 2048, "cuda": 8192}           # rows and columns of the large matrices
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # What a network sees of each data set: shape of an image or its latent, classes, and text features (tokens, width).
@@ -91,10 +92,7 @@ ON_CPU = [      # no paper has a CPU's: beside them, the released code on two co
 
 
 def parse(argv):
-    """Flags over the recipe's values -> argparse.Namespace, with what `describe` adds.
-
-    --key=value that is no flag of ours is an argument of the model. Raises ValueError where something does not fit.
-    """
+    """Flags -> argparse.Namespace. --key=value that is no flag is an argument of the model. Raises ValueError."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     yes_no = argparse.BooleanOptionalAction
@@ -144,13 +142,7 @@ def parse(argv):
     ]:
         if wrong:
             raise ValueError(message)
-    if args.papers:
-        return args
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    recipe = train.recipe(args.model, args.data) | ({} if cuda else {"batch_size": 8})
-    config = argparse.Namespace(**vars(args) | recipe | given)
-    train.check_bounds(vars(config))
-    return describe(config)
+    return args
 
 
 def flags(words):
@@ -158,8 +150,15 @@ def flags(words):
     return ["--" + word.lstrip("-") for word in words.split()]
 
 
-def describe(config):
-    """Add what follows from the data: dataset (with --loop the real one), shape, text, arguments, parameters, macs."""
+def configure(args):
+    """The flags over the recipe's values, and what follows from the data: dataset, shape, text, arguments, macs, ..
+
+    Raises ValueError where something does not fit.
+    """
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    recipe = train.recipe(args.model, args.data) | ({"batch_size": 8} if args.device == "cpu" else {})
+    config = argparse.Namespace(**vars(args) | recipe | given)
+    train.check_bounds(vars(config))
     if config.loop:
         config.dataset, config.text = data.load(config.data, config.data_dir, config.image_size), None
     else:
@@ -174,15 +173,18 @@ def describe(config):
         config.arguments.update(text_tokens=config.text[0], text_dim=config.text[1])
     if config.cfg != 1 and not config.text and not config.label_dropout:
         raise ValueError(f"--cfg {config.cfg}: {config.model} learns no null label on {config.data}, leave it at 1")
-
-    with torch.device("meta") as meta, torch.no_grad():     # shapes alone: nothing is allocated or computed
-        model = train.build(config.model, config.arguments)
-        config.parameters = sum(p.numel() for p in model.parameters())
-        with FlopCounterMode(display=False) as counter:     # of one image
-            one = argparse.Namespace(**vars(config) | {"batch_size": 1})
-            (model.fold() if hasattr(model, "fold") else model)(*inputs(one, meta))
-        config.macs = counter.get_total_flops() // 2
+    with torch.device("meta"):      # shapes alone: nothing is allocated or computed
+        config.parameters, config.macs = count(train.build(config.model, config.arguments), config)
     return config
+
+
+@torch.no_grad()
+def count(model, config):
+    """Parameters of a model, and multiply-adds of its forward pass of one image, convolutions merged."""
+    fast = model.fold() if hasattr(model, "fold") else model
+    with FlopCounterMode(display=False) as counter:
+        fast(*inputs(argparse.Namespace(**vars(config) | {"batch_size": 1}), torch.device("meta")))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ WORKS = {"forward": forward, "step": training, "sampling": sampling}
 
 def matrix_product(amp, device):
     """The ceiling: a product of two square matrices in this type."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = CEILING[device.type]
     a, b = torch.randn(2, size, size, device=device).to(DTYPES[amp])
     return Work(lambda: a @ b, 1, size**3, amp)
 
@@ -444,7 +446,7 @@ def main(argv=None):
     argv = [word for word in argv if word != "--papers"]
     for words, reported in (ON_GPU if device.type == "cuda" else ON_CPU) if args.papers else [("", "")]:
         names = dict(zip("AB", args.compare)) if args.compare else {"": ""}
-        configs = {name: parse([*flags(words), *argv, *flags(setting)]) for name, setting in names.items()}
+        configs = {name: configure(parse([*flags(words), *argv, *flags(setting)])) for name, setting in names.items()}
         say("\n" + "\n".join(title(*pair).strip() for pair in configs.items()))
         say((f"reported elsewhere: {reported}\n" if reported else "") + HEAD)
         rows = []
