@@ -55,7 +55,7 @@ DATA = {
     "mscoco256": ((4, 32, 32), 0, (77, 768)),
 }
 
-# The rows of --papers: flags without their dashes, and what others reported, on their machines.
+# The rows of --papers: flags without their dashes, and what is published for them (training: steps/s times the batch).
 VANILLA = "cosine=False rotary=False ffn_conv=False reparam=False"
 SAMPLE = "measure=sampling batch-size=500 repeats=3"
 STEP = "data=imagenet256 measure=step"
@@ -79,7 +79,7 @@ ON_GPU = [
     (f"model=udit_l {STEP} batch-size=32 {VANILLA}", "each of 8 A100: 49.6 images/s"),
     (f"model=udit_l {STEP} batch-size=32", "each of 8 A100: 26.9 images/s"),
 ]
-ON_CPU = [      # no paper has a CPU's: beside them, the released code on two cores with bf16 instructions
+ON_CPU = [      # no paper has any: beside these stands the released code, on two cores that know bf16
     ("model=uvit_s2 data=cifar10 batch-size=8 repeats=5 amp=off", "forward 1130 ms, step 3435 ms"),
     ("model=uvit_s2 data=cifar10 batch-size=8 repeats=5 amp=bf16", "forward 590 ms, step 1891 ms"),
     ("model=dit_s2 data=imagenet256 batch-size=8 repeats=5 amp=off", "forward 688 ms, step 1910 ms"),
@@ -286,7 +286,7 @@ def matrix_product(amp, device):
     """The ceiling: a product of two square matrices in this type."""
     size = CEILING[device.type]
     a, b = torch.randn(2, size, size, device=device).to(DTYPES[amp])
-    return Work(lambda: a @ b, 1, size**3, amp)
+    return Work(lambda: a @ b, 0, size**3, amp)
 
 
 def loop(config, device):
@@ -305,6 +305,7 @@ def loop(config, device):
             next(batches)
 
     step = warm_up(lambda: training(config, device), device)
+    step.run(*read())
     calls = max(step.calls, 4 * workers)
     return {"step, random": step,
             "step, stored": replace(step, run=lambda: step.run(*read()), before=drain, calls=calls),
@@ -342,6 +343,7 @@ def warm_up(make, device):
     gc.collect()
     held = memory(device)
     work = make()
+    memory(device)          # the peak starts anew: what building took besides is not counted
     for _ in range(2):
         synchronize(device)
         start = time.perf_counter()
@@ -368,24 +370,27 @@ def alternate(works, repeats, device):
     return seconds
 
 
+def spread(name, numbers):
+    return {name: statistics.median(numbers), f"{name}_min": min(numbers), f"{name}_max": max(numbers)}
+
+
 def compare(works, repeats, device):
-    """{name: Work}, warm -> a row of results for each, with the ratio of each later one's images/s to the first's."""
-    ceilings = {amp: warm_up(lambda: matrix_product(amp, device), device) for amp in {w.amp for w in works.values()}}
-    seconds = alternate([*works.values(), *ceilings.values()], repeats, device)
-    rate = {amp: 2 * work.macs / statistics.median(taken)
-            for (amp, work), taken in zip(ceilings.items(), seconds[len(works):])}
+    """{name: Work}, warm -> a row of results for each, and for the ceilings, which are timed with them.
 
-    def spread(name, numbers):
-        return {name: statistics.median(numbers), f"{name}_min": min(numbers), f"{name}_max": max(numbers)}
-
-    rows, first = [], next(iter(works.values()))
-    for (name, work), taken in zip(works.items(), seconds):
-        images, flops = (number / statistics.median(taken) for number in (work.images, 2 * work.macs))
-        rows.append({"work": name, "images": work.images, "images_per_sec": images, **spread("seconds", taken),
-                     "flops_per_sec": flops, "matmul_flops_per_sec": rate[work.amp], "share": flops / rate[work.amp],
-                     "peak_bytes": work.peak})
-        if work is not first:
-            ratios = [work.images / b / (first.images / a) for a, b in zip(seconds[0], taken)]
+    speed_ratio is images/s over those of the first work, taken block by block.
+    """
+    ceilings = {f"product, {amp}": warm_up(lambda: matrix_product(amp, device), device)
+                for amp in dict.fromkeys(work.amp for work in works.values())}
+    every = works | ceilings
+    seconds = dict(zip(every, alternate(every.values(), repeats, device)))
+    rate = {work.amp: 2 * work.macs / statistics.median(seconds[name]) for name, work in ceilings.items()}
+    rows, first = [], next(iter(works))
+    for name, work in every.items():
+        images, flops = (number / statistics.median(seconds[name]) for number in (work.images, 2 * work.macs))
+        rows.append({"work": name, **spread("seconds", seconds[name]), "images": work.images, "images_per_sec": images,
+                     "flops_per_sec": flops, "share": flops / rate[work.amp], "peak_bytes": work.peak})
+        if name in works and name != first:
+            ratios = [work.images / b * a / works[first].images for a, b in zip(seconds[first], seconds[name])]
             rows[-1].update(spread("speed_ratio", ratios))
     return rows
 
@@ -418,9 +423,11 @@ HEAD = f"{'':>20} {'ms':>10} {'quickest':>10} {'slowest':>10} {'images/s':>10} {
 def title(name, c):
     """A setting in words."""
     options = [key.replace("_", "-") for key in ("compile", "grad_checkpoint", "channels_last") if getattr(c, key)]
-    words = [*options, *c.model_args, f"cfg={c.cfg}" * (c.cfg != 1), f"{c.evaluations} evaluations in sampling"]
+    words = [f"batch {c.batch_size}", f"amp {c.amp}", *options, *c.model_args]
+    if "sampling" in c.measure and not c.loop:
+        words += [f"{c.evaluations} evaluations for a sample"] + [f"guidance {c.cfg}"] * (c.cfg != 1)
     return (f"{name} {c.model}, {c.data} {'x'.join(map(str, c.shape))}: {c.parameters / 1e6:.2f} M parameters, "
-            f"{c.macs / 1e9:.2f} GMACs an image; batch {c.batch_size}, amp {c.amp}, {', '.join(filter(None, words))}")
+            f"{c.macs / 1e9:.2f} GMACs an image; {', '.join(words)}").strip()
 
 
 def line(row):
@@ -428,11 +435,12 @@ def line(row):
     if "error" in row:
         return f"{row['work']:>20} {row['error']:>10}"
     times = " ".join(f"{1e3 * row[key]:10.2f}" for key in ("seconds", "seconds_min", "seconds_max"))
+    images = f"{row['images_per_sec']:10.2f}" if row["images"] else " " * 10
     share = f"{row['flops_per_sec'] / 1e12:8.3f} {row['share']:7.1%}" if row["share"] else " " * 16
-    peak = f"{row['peak_bytes'] / 1e9:7.2f}" if row["peak_bytes"] else " " * 7
+    peak = f"{row['peak_bytes'] / 1e9:7.2f}" if row["peak_bytes"] and row["images"] else " " * 7
     ratio = "   {speed_ratio:.3f} times as fast ({speed_ratio_min:.3f} to {speed_ratio_max:.3f})"
-    return (f"{row['work']:>20} {times} {row['images_per_sec']:10.2f} {share} {peak}"
-            + (ratio.format(**row) if "speed_ratio" in row else ""))
+    return (f"{row['work']:>20} {times} {images} {share} {peak}"
+            + (ratio.format(**row) if "speed_ratio" in row else "")).rstrip()
 
 
 def main(argv=None):
@@ -444,18 +452,19 @@ def main(argv=None):
     say = (lambda text: None) if args.json else partial(print, flush=True)
     say(f"{report['device']}, torch {report['torch']}, {report['cpu_threads']} CPU threads")
     argv = [word for word in argv if word != "--papers"]
-    for words, reported in (ON_GPU if device.type == "cuda" else ON_CPU) if args.papers else [("", "")]:
+    rows, source = (ON_GPU, "published") if device.type == "cuda" else (ON_CPU, "the released code on two cores")
+    for words, reported in rows if args.papers else [("", "")]:
         names = dict(zip("AB", args.compare)) if args.compare else {"": ""}
         configs = {name: configure(parse([*flags(words), *argv, *flags(setting)])) for name, setting in names.items()}
-        say("\n" + "\n".join(title(*pair).strip() for pair in configs.items()))
-        say((f"reported elsewhere: {reported}\n" if reported else "") + HEAD)
-        rows = []
+        say("\n" + "\n".join(title(*pair) for pair in configs.items()))
+        say((f"{source}: {reported}\n" if reported else "") + HEAD)
+        measured = []
         for row in measure(configs, device):
             say(line(row))
-            rows.append(row)
+            measured.append(row)
         settings = {name: {key: value for key, value in vars(config).items() if key != "dataset"}
                     for name, config in configs.items()}
-        report["results"].append(dict(reported=reported, settings=settings, rows=rows))
+        report["results"].append(dict(reported=reported, settings=settings, rows=measured))
     if args.json:
         print(json.dumps(report))
 

@@ -1611,12 +1611,13 @@ def test_bench_json_is_one_line_and_consistent(capsys, no_wait):
     (result,) = report["results"]
     setting = result["settings"][""]
     assert setting["model"] == "uvit_tiny" and setting["arguments"]["width"] == 32 and setting["batch_size"] == 2
-    assert [row["work"] for row in result["rows"]] == ["forward", "step", "sampling"]
-    for row, passes in zip(result["rows"], (1, 3, 2)):
+    assert [row["work"] for row in result["rows"][::2]] == ["forward", "step", "sampling"]
+    for row, product, passes in zip(result["rows"][::2], result["rows"][1::2], (1, 3, 2)):
         assert row["images_per_sec"] * row["seconds"] == pytest.approx(2)
         assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
         assert row["flops_per_sec"] * row["seconds"] == pytest.approx(2 * 2 * passes * setting["macs"])
-        assert row["share"] * row["matmul_flops_per_sec"] == pytest.approx(row["flops_per_sec"])
+        assert row["share"] * product["flops_per_sec"] == pytest.approx(row["flops_per_sec"])
+        assert product["flops_per_sec"] * product["seconds"] == pytest.approx(2 * 64**3) and product["work"] == "product, off"
 
 
 def test_bench_compares_two_settings(capsys, no_wait):
@@ -1625,7 +1626,7 @@ def test_bench_compares_two_settings(capsys, no_wait):
     a, b = result["settings"]["A"], result["settings"]["B"]
     assert (a["batch_size"], b["batch_size"]) == (2, 4) and b["arguments"]["skip"] == "none" and a["fold"] and not b["fold"]
     assert b["parameters"] < a["parameters"]
-    first, second = result["rows"]
+    first, second, product = result["rows"]
     assert (first["work"], second["work"]) == ("A forward", "B forward") and "speed_ratio" not in first
     assert second["speed_ratio_min"] <= second["speed_ratio"] <= second["speed_ratio_max"]
 
@@ -1656,7 +1657,8 @@ def test_bench_goes_on_where_memory_does_not_suffice(capsys, no_wait, monkeypatc
 
     monkeypatch.setitem(bench.WORKS, "step", fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")))
     rows = benched(capsys)["results"][0]["rows"]
-    assert [row.get("error") for row in rows] == [None, "out of memory", None]
+    assert [(row["work"], row.get("error")) for row in rows if not row["work"].startswith("product")] == [
+        ("forward", None), ("step", "out of memory"), ("sampling", None)]
     monkeypatch.setitem(bench.WORKS, "step", fails(RuntimeError("another")))
     with pytest.raises(RuntimeError, match="another"):
         bench.main(BENCH)
@@ -1671,8 +1673,8 @@ def test_bench_loop_reads_stored_images(tmp_path, capsys, no_wait, monkeypatch, 
         monkeypatch.setattr(data, "IN_MEMORY", 0)
     report = benched(capsys, "--data", tmp_path, "--image-size", 16, "--loop", "--workers", 1)
     rows = report["results"][0]["rows"]
-    assert [row["work"] for row in rows] == ["step, random", "step, stored", "reading alone"]
-    assert rows[2]["share"] == 0 and all(row["images_per_sec"] > 0 for row in rows)
+    assert [row["work"] for row in rows] == ["step, random", "step, stored", "reading alone", "product, off"]
+    assert rows[2]["share"] == 0 and all(row["images_per_sec"] > 0 for row in rows[:3])
 
 
 def test_bench_prints_a_table(capsys, no_wait):
@@ -1680,7 +1682,16 @@ def test_bench_prints_a_table(capsys, no_wait):
     bench.main([*BENCH, "--cfg", "2", "--grad-checkpoint", "--channels-last"])
     text = capsys.readouterr().out
     assert re.search(r"uvit_tiny, shapes 3x16x16: \d\.\d\d M parameters, .* batch 2, amp off, grad-checkpoint, channels-last, ", text)
-    assert re.search(r"forward .*\n +step .*\n +sampling .*\n$", text)
+    assert re.search(r"forward .*\n +product, off .*\n +step .*\n.*\n +sampling .*\n", text)
+
+
+def test_bench_papers_prints_every_row_beside_what_is_reported(capsys, no_wait, monkeypatch):
+    """--papers runs each row of the table in its own setting, with other flags for all, and prints what was reported."""
+    monkeypatch.setattr(bench, "ON_CPU", [("model=uvit_tiny data=shapes batch-size=3", "1 ms"), ("model=dit_tiny data=cifar10", "2 ms")])
+    bench.main(["--papers", "--device", "cpu", "--measure", "forward", "--batch-size", "2", "--repeats", "1"])
+    text = capsys.readouterr().out
+    assert re.findall(r"^(\w+), (\w+) .* batch (\d)", text, re.M) == [("uvit_tiny", "shapes", "2"), ("dit_tiny", "cifar10", "2")]
+    assert re.findall(r"two cores: (.*)", text) == ["1 ms", "2 ms"] and text.count("forward") == 2
 
 
 @pytest.mark.parametrize("arguments, message", [
