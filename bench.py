@@ -211,7 +211,6 @@ def network(config, device, inference=False):
         model = model.fold()
     if config.compile:
         model.compile()
-    model.requires_grad_(not inference)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
