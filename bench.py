@@ -17,7 +17,6 @@ GB      peak memory, beyond what was held before the model was built (on a CPU: 
 """
 import argparse
 import contextlib
-import copy
 import ctypes
 import gc
 import itertools
