@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import data
 import diffusion
 import dit
@@ -2268,3 +2269,152 @@ def test_two_processes_sample_as_one(run, tmp_path):
     assert alone.returncode == pair.returncode == 0, pair.stderr
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert (one["arr_0"] == two["arr_0"]).all() and (one["arr_1"] == two["arr_1"]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py
+
+BENCH = ["--model", "uvit_tiny", "--data", "shapes", "--width=32", "--heads=2", "--batch-size", "2", "--repeats", "2", "--evaluations", "2",
+         "--device", "cpu"]
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    """Blocks of one call, and a small product for the ceiling: these tests are not about time."""
+    monkeypatch.setattr(bench, "BLOCK", 1e-9)
+    monkeypatch.setitem(bench.CEILING, "cpu", 64)
+
+
+def benched(capsys, *arguments):
+    """bench.py's JSON line, read."""
+    capsys.readouterr()
+    bench.main([*BENCH, *map(str, arguments), "--json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+@pytest.mark.parametrize("name, dataset, parameters, gmacs", [
+    ("uvit_s2", "cifar10", 44.26, 12.20), ("uvit_h4", "imagenet512", 500.94, 133.23), ("uvit_s2", "mscoco256", 44.69, 16.23),
+    ("dit_s2", "imagenet256", 32.96 - 256 * 384e-6, 6.06), ("udit_s", "imagenet256", 58.90, 6.02)])
+def test_bench_counts_what_is_published(name, dataset, parameters, gmacs):
+    """Parameters (DiT's without its fixed table) and multiply-adds of a model on a data set are the published ones within 0.5 %."""
+    config = bench.configure(bench.parse(["--model", name, "--data", dataset, "--batch-size", "7"]))
+    assert config.parameters / 1e6 == pytest.approx(parameters, rel=5e-3)
+    assert config.macs / 1e9 == pytest.approx(gmacs, rel=5e-3)
+
+
+def test_bench_rows_of_the_papers_can_be_built(monkeypatch):
+    """Every row of --papers names a model, data and flags that go together; a later flag overrides the row's."""
+    monkeypatch.setattr(bench, "count", lambda model, config: (1, 1))       # the slow part
+    for words, _ in bench.ON_GPU + bench.ON_CPU:
+        config = bench.configure(bench.parse([*bench.flags(words), "--device", "cpu", "--batch-size", "3"]))
+        assert config.batch_size == 3 and set(config.measure) <= bench.WORKS.keys()
+
+
+def test_bench_json_is_one_line_and_consistent(capsys, no_wait):
+    """Rates are counts over times, the share is of the product measured beside, and medians lie between the extremes."""
+    report = benched(capsys)
+    (result,) = report["results"]
+    setting = result["settings"][""]
+    assert setting["model"] == "uvit_tiny" and setting["arguments"]["width"] == 32 and setting["batch_size"] == 2
+    assert [row["work"] for row in result["rows"][::2]] == ["forward", "step", "sampling"]
+    for row, product, passes in zip(result["rows"][::2], result["rows"][1::2], (1, 3, 2)):
+        assert row["images_per_sec"] * row["seconds"] == pytest.approx(2)
+        assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+        assert row["flops_per_sec"] * row["seconds"] == pytest.approx(2 * 2 * passes * setting["macs"])
+        assert row["share"] * product["flops_per_sec"] == pytest.approx(row["flops_per_sec"])
+        assert product["flops_per_sec"] * product["seconds"] == pytest.approx(2 * 64**3) and product["work"] == "product, off"
+
+
+def test_bench_compares_two_settings(capsys, no_wait):
+    """Each side has its own flags over the common ones, and B's row the ratio of both speeds."""
+    (result,) = benched(capsys, "--measure", "forward", "--compare", "amp=off", "batch-size=4 skip=none no-fold")["results"]
+    a, b = result["settings"]["A"], result["settings"]["B"]
+    assert (a["batch_size"], b["batch_size"]) == (2, 4) and b["arguments"]["skip"] == "none" and a["fold"] and not b["fold"]
+    assert b["parameters"] < a["parameters"]
+    first, second, product = result["rows"]
+    assert (first["work"], second["work"]) == ("A forward", "B forward") and "speed_ratio" not in first
+    assert second["speed_ratio_min"] <= second["speed_ratio"] <= second["speed_ratio_max"]
+
+
+def test_bench_works_take_turns():
+    """Blocks run A B A B, each of its own number of calls; what prepares a block comes before each."""
+    ran = []
+    a = bench.Work(lambda: ran.append("a"), 1, 1, "off", calls=2)
+    b = bench.Work(lambda: ran.append("b"), 1, 1, "off", before=lambda: ran.append("-"))
+    seconds = bench.alternate([a, b], 3, torch.device("cpu"))
+    assert "".join(ran) == 3 * "aa-b"
+    assert [len(taken) for taken in seconds] == [3, 3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_bench_sees_the_peak():
+    """The peak is what a work holds at most, not what is left of it, within a few MB."""
+    work = bench.warm_up(lambda: bench.Work(lambda: torch.ones(25_000_000).sum(), 1, 1, "off"), torch.device("cpu"))
+    assert work.peak == pytest.approx(100e6, abs=20e6)
+
+
+def test_bench_goes_on_where_memory_does_not_suffice(capsys, no_wait, monkeypatch):
+    """A work that runs out of memory is reported as such, and those after it are measured; other errors are not hidden."""
+    def fails(error):
+        def work(config, device):
+            raise error
+        return work
+
+    monkeypatch.setitem(bench.WORKS, "step", fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")))
+    rows = benched(capsys)["results"][0]["rows"]
+    assert [(row["work"], row.get("error")) for row in rows if not row["work"].startswith("product")] == [
+        ("forward", None), ("step", "out of memory"), ("sampling", None)]
+    monkeypatch.setitem(bench.WORKS, "step", fails(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        bench.main(BENCH)
+
+
+@pytest.mark.parametrize("in_memory", [True, False], ids=["memory", "workers"])
+def test_bench_loop_reads_stored_images(tmp_path, capsys, no_wait, monkeypatch, in_memory):
+    """--loop steps on random images and on a folder's, from memory or by workers, and reads alone."""
+    for i in range(3):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    if not in_memory:
+        monkeypatch.setattr(data, "IN_MEMORY", 0)
+    report = benched(capsys, "--data", tmp_path, "--image-size", 16, "--loop", "--workers", 1)
+    rows = report["results"][0]["rows"]
+    assert [row["work"] for row in rows] == ["step, random", "step, stored", "reading alone", "product, off"]
+    assert rows[2]["share"] == 0 and all(row["images_per_sec"] > 0 for row in rows[:3])
+
+
+def test_bench_prints_a_table(capsys, no_wait):
+    """For people: the machine, the setting with its counts, and a line for each work."""
+    bench.main([*BENCH, "--cfg", "2", "--grad-checkpoint", "--channels-last"])
+    text = capsys.readouterr().out
+    assert re.search(r"uvit_tiny, shapes 3x16x16: \d\.\d\d M parameters, .* batch 2, amp off, grad-checkpoint, channels-last, ", text)
+    assert re.search(r"forward .*\n +product, off .*\n +step .*\n.*\n +sampling .*\n", text)
+
+
+def test_bench_papers_prints_every_row_beside_what_is_reported(capsys, no_wait, monkeypatch):
+    """--papers runs each row of the table in its own setting, with other flags for all, and prints what was reported."""
+    monkeypatch.setattr(bench, "ON_CPU", [("model=uvit_tiny data=shapes batch-size=3", "1 ms"), ("model=dit_tiny data=cifar10", "2 ms")])
+    bench.main(["--papers", "--device", "cpu", "--measure", "forward", "--batch-size", "2", "--repeats", "1"])
+    text = capsys.readouterr().out
+    assert re.findall(r"^(\w+), (\w+) .* batch (\d)", text, re.M) == [("uvit_tiny", "shapes", "2"), ("dit_tiny", "cifar10", "2")]
+    assert re.findall(r"two cores: (.*)", text) == ["1 ms", "2 ms"] and text.count("forward") == 2
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "give --model and --data, or --papers"),
+    (["--model", "uvit_s9", "--data", "cifar10"], "unknown model 'uvit_s9'"),
+    (["--model", "uvit_s2", "--data", "photos"], "--data photos: choose from shapes, cifar10, "),
+    (["--model", "uvit_s2", "--data", "photos", "--loop"], "photos: no such data set or folder"),
+    ([*BENCH, "--depht=3"], "unexpected keyword argument 'depht'; its arguments are image_size, "),
+    ([*BENCH, "--depth=3"], "depth 3 is odd"),
+    ([*BENCH, "--compare", "foo", ""], "--foo: neither a flag (see --help) nor KEY=VALUE"),
+    ([*BENCH, "--compare", "", "batch-size=0"], "--batch-size 0: must be at least 1"),
+    ([*BENCH, "--measure", "forward,speed"], "--measure forward,speed: choose from forward, step, sampling"),
+    ([*BENCH, "--evaluations", "0"], "must be at least 1"),
+    ([*BENCH, "--loop", "--papers"], "--loop stands alone"),
+    (["--model", "uvit_s2", "--data", "cifar10", "--cfg", "2"], "--cfg 2.0: uvit_s2 learns no null label on cifar10"),
+])
+def test_bench_says_what_is_wrong_in_one_line(arguments, message):
+    """Bad names, numbers and flags end with one line and exit code not 0."""
+    error = command("bench.py", *arguments)
+    assert error.startswith("bench.py: ") and message in error and "\n" not in error
