@@ -56,7 +56,7 @@ def kind(name):
     """What sort of data a name or path is, without reading it: a name of DATASETS, or "folder" for own images.
 
     An encoded folder counts as the set of the papers that it is most like: "mscoco256" with captions, "imagenet256"
-    without, "imagenet512" if the latents are wider than 32. Raises as `load` does.
+    with labels, "imagenet512" if its latents are wider than 32; and else as "latents". Raises as `load` does.
     """
     if name in DATASETS:
         return name
@@ -68,7 +68,9 @@ def kind(name):
     if not (Path(name) / "encoding.json").exists():
         return "folder"
     encoding = read_encoding(name)
-    return "mscoco256" if encoding["text"] else "imagenet256" if encoding["shape"][-1] <= 32 else "imagenet512"
+    if encoding["text"]:
+        return "mscoco256"
+    return "latents" if not encoding["class_names"] else "imagenet256" if encoding["shape"][-1] <= 32 else "imagenet512"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

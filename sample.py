@@ -146,12 +146,17 @@ def open_source(args, device):
     else:
         kind = data.kind(args.data)
         config = train.recipe(args.model, kind)
-        name, path, step, names, null, encoding = args.model, args.weights, None, [], None, data.ENCODINGS.get(kind)
+        name, path, step, names, null = args.model, args.weights, None, [], None
+        encoding = data.ENCODINGS.get(args.data) if args.data in data.DATASETS or kind == "folder" else (
+            data.read_encoding(args.data))
         weights, key = read_weights(path, args.raw)
-        arguments, shape = released_arguments(weights, config, args.image_size or data.IMAGE_SIZE[kind], encoding)
+        size = args.image_size or (encoding["image_size"] if encoding else data.IMAGE_SIZE[kind])
+        arguments, shape = released_arguments(weights, config, size, encoding)
     model = train.build(name, arguments)
     load_weights(model, weights, path)
     model = model.to(device).eval()
+    if hasattr(model, "fold"):
+        model = model.fold()        # U-DiT: the branches of its convolutions merged, once for all steps
     if encoding:
         encoding = {**encoding, **{k: v for k in ("autoencoder", "clip") if (v := getattr(args, k))}}
     classes = arguments["num_classes"]

@@ -1442,7 +1442,7 @@ def test_kind_names_the_recipe_without_reading(tmp_path):
     assert [data.kind(name) for name in data.DATASETS] == list(data.DATASETS)
     assert data.kind(write_images(tmp_path / "images")) == "folder"
     assert data.kind(write_latents(tmp_path / "a")) == "imagenet256"
-    assert data.kind(write_latents(tmp_path / "b", classes=0)) == "imagenet256" and data.load(tmp_path / "b").labels is None
+    assert data.kind(write_latents(tmp_path / "b", classes=0)) == "latents" and data.load(tmp_path / "b").labels is None
     assert data.kind(write_latents(tmp_path / "c", shape=(4, 64, 64))) == "imagenet512"
     assert data.kind(write_latents(tmp_path / "d", text=(5, 3))) == "mscoco256"
     assert data.load("imagenet256", tmp_path / "a").shape == (4, 8, 8)
@@ -2130,6 +2130,12 @@ def test_latents_train_and_sample(tmp_path, monkeypatch):
     images, labels = sampled(out, tmp_path / "x.npz", "--num", 5, "--labels", "n2,1")
     assert images.shape == (5, 64, 64, 3) and labels.tolist() == [2, 1, 2, 1, 2]
     assert (images[:, ::8, ::8] == images[:, 7::8, 7::8]).all()
+
+
+def test_latents_without_labels_train_unconditionally(tmp_path):
+    """A folder of latents with neither labels nor captions needs no flag."""
+    train.main([*LATENTS, str(write_latents(tmp_path / "latents", classes=0)), "--out", str(tmp_path / "run")])
+    assert train.read_checkpoint(tmp_path / "run" / "checkpoint.pt")["model_args"]["num_classes"] == 0
 
 
 def test_latents_train_without_an_autoencoder(tmp_path, monkeypatch, capsys):

@@ -55,6 +55,7 @@ UVIT = dict(batch_size=128, steps=500_000, warmup=5000, lr=2e-4, weight_decay=0.
             label_dropout=0.0)
 LARGE = dict(UVIT, batch_size=1024, class_cond=True, sampler="dpm_solver", sample_steps=50)
 LATENT = dict(LARGE, schedule="sd", label_dropout=0.1, sampler="dpm_solver++")
+TEXT = dict(LATENT, batch_size=256, steps=1_000_000, betas=(0.9, 0.9), class_cond=False, cfg=2.0)
 # DiT, arXiv:2212.09748, section 4, and U-DiT, arXiv:2405.02730, section 5
 DIT = dict(batch_size=256, steps=400_000, warmup=0, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), schedule="ddpm",
            class_cond=None, label_dropout=0.1, sampler="ddpm", sample_steps=250)
@@ -71,7 +72,7 @@ RECIPES = {
     ("uvit_l2", "imagenet256"): dict(steps=300_000, schedule="vp", label_dropout=0.15, sampler="dpm_solver"),
     ("uvit", "imagenet512"): dict(LATENT, cfg=1.7),
     ("uvit_l4", "imagenet512"): dict(schedule="vp", label_dropout=0.15, sampler="dpm_solver"),
-    ("uvit", "mscoco256"): dict(LATENT, batch_size=256, steps=1_000_000, betas=(0.9, 0.9), class_cond=False, cfg=2.0),
+    ("uvit", "mscoco256"): TEXT,
     ("uvit", "folder"): dict(UVIT, warmup=2500, betas=(0.99, 0.999), class_cond=None, label_dropout=0.1,
                              sampler="dpm_solver", sample_steps=50),
     ("uvit", "shapes"): dict(SHAPES, schedule="vp"),
@@ -86,6 +87,8 @@ RECIPES = {
     # U-Net: IDDPM's, arXiv:2102.09672, but for its betas and dropout; ADM's, arXiv:2105.05233, which DiT took over
     ("unet", "cifar10"): dict(DIT, batch_size=128, steps=500_000, class_cond=False, label_dropout=0.0,
                               sample_steps=1000),
+    ("unet", "imagenet256"): dict(LATENT, cfg=1.4),         # U-ViT's, which is compared with it in this setting
+    ("unet", "mscoco256"): TEXT,
     ("unet", "folder"): DIT,
     ("unet", "shapes"): dict(SHAPES, steps=2000, schedule="vp"),            # after 1588, 100 of 100 samples were right
 }
