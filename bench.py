@@ -159,17 +159,15 @@ def configure(args):
     config = argparse.Namespace(**vars(args) | recipe | given)
     train.check_bounds(vars(config))
     if config.loop:
-        config.dataset, config.text = data.load(config.data, config.data_dir, config.image_size), None
+        config.dataset = data.load(config.data, config.data_dir, config.image_size)
     else:
-        shape, classes, config.text = DATA[config.data]
+        shape, classes, text = DATA[config.data]
         shape = (shape[0], config.image_size, config.image_size) if config.image_size else shape
-        config.dataset = SimpleNamespace(shape=shape, num_classes=classes)
-    config.shape, classes = config.dataset.shape, config.dataset.num_classes
+        config.dataset = SimpleNamespace(shape=shape, num_classes=classes, text=text)
+    config.shape, classes, config.text = config.dataset.shape, config.dataset.num_classes, config.dataset.text
     config.class_cond = classes > 0 if config.class_cond is None else config.class_cond
     config.label_dropout = config.label_dropout if config.class_cond else 0.0
     config.arguments = train.model_arguments(config, config.dataset)
-    if config.text:
-        config.arguments.update(text_tokens=config.text[0], text_dim=config.text[1])
     if config.cfg != 1 and not config.text and not config.label_dropout:
         raise ValueError(f"--cfg {config.cfg}: {config.model} learns no null label on {config.data}, leave it at 1")
     with torch.device("meta"):      # shapes alone: nothing is allocated or computed

@@ -56,6 +56,7 @@ def add_flags(p):
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda if there is one")
     add("--amp", choices=["bf16", "off"], help="autocast type of the network (default bf16 on cuda, off on cpu)")
+    add("--compile", action="store_true", help="torch.compile the network: a minute at the start, for many images")
     return add
 
 
@@ -157,6 +158,8 @@ def open_source(args, device):
     model = model.to(device).eval()
     if hasattr(model, "fold"):
         model = model.fold()        # U-DiT: the branches of its convolutions merged, once for all steps
+    if args.compile:
+        model.compile()
     if encoding:
         encoding = {**encoding, **{k: v for k in ("autoencoder", "clip") if (v := getattr(args, k))}}
     classes = arguments["num_classes"]
@@ -169,7 +172,7 @@ def open_source(args, device):
         return config[key] if given is None else given
 
     return SimpleNamespace(
-        model=model, schedule=diffusion.SCHEDULES[config["schedule"]](), shape=shape, device=device, encoding=encoding,
+        model=model, compiled=args.compile, schedule=diffusion.SCHEDULES[config["schedule"]](), shape=shape, device=device, encoding=encoding,
         image_shape=(3, encoding["image_size"], encoding["image_size"]) if encoding else shape,
         decode=data.decoder(encoding, device), num_classes=classes, text="text_dim" in arguments, null=null,
         class_names=names, path=path, step=step, weights={"ema": "EMA", "model": "raw"}.get(key, "as they are"),
@@ -245,7 +248,8 @@ def sampled(source, conditions, num, batch_size, here, amp=False, noise=None, **
     """Yield (indices, uint8 images (n, 3, H, W)) until all `num` are made; each process makes its share of the batches.
 
     Image i has conditions[i % len(conditions)], where there are any. amp runs the network in bfloat16. noise is a
-    function of indices that returns generate's noise; settings override the source's.
+    function of indices that returns generate's noise; settings override the source's. A compiled network is made for
+    one size of batch: the last is filled up.
     """
     settings = {**source.settings, **settings}
     name = f"{settings['sampler']}, {settings['steps']} steps"
@@ -253,12 +257,13 @@ def sampled(source, conditions, num, batch_size, here, amp=False, noise=None, **
     with tqdm(total=num, desc=name, unit="image", disable=here.rank > 0) as bar:
         for number, indices in enumerate(batches):
             if number % here.world == here.rank:
-                y = None if conditions is None else conditions[torch.tensor(indices) % len(conditions)]
+                batch = range(indices.start, indices.start + batch_size) if source.compiled else indices
+                y = None if conditions is None else conditions[torch.tensor(batch) % len(conditions)]
                 with torch.autocast(here.device.type, torch.bfloat16, enabled=amp):
                     images = diffusion.generate(
-                        source.model, source.schedule, source.shape, indices, y, source.null, **settings,
-                        noise=noise and noise(indices), device=here.device, progress=here.rank == 0)
-                yield indices, source.decode(images).cpu()
+                        source.model, source.schedule, source.shape, batch, y, source.null, **settings,
+                        noise=noise and noise(batch), device=here.device, progress=here.rank == 0)
+                yield indices, source.decode(images[:len(indices)]).cpu()
             bar.update(len(indices))
 
 
@@ -305,7 +310,7 @@ def plan(args, source, y, form):
         at = np.linspace(0, 1, columns)
 
         def walk(a, b, fractions):
-            return lambda indices: Walk(args.seed, a, b, [fractions[i] for i in indices])
+            return lambda indices: Walk(args.seed, a, b, [fractions[i % columns] for i in indices])
 
         if args.walk == "noise":
             ways = [None] if y is None else y.split(1)

@@ -2177,6 +2177,19 @@ def tiles(path, side=16):
     return grid.reshape(rows, side + 2, columns, side + 2, 3).swapaxes(1, 2)[:, :, :side, :side]
 
 
+@slow
+def test_compiled_sampling_makes_the_same_images_from_one_graph(run, tmp_path):
+    """--compile changes images by a grey level at most, and compiles once for all batches, the last and shorter one too."""
+    common = ["--num", 7, "--batch-size", 4, "--cfg", 2]
+    a, _ = sampled(run, tmp_path / "a.npz", *common)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    b, _ = sampled(run, tmp_path / "b.npz", *common, "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert abs(a.astype(int) - b).max() <= 1 and (a == b).mean() > 0.99
+
+
 def test_guidance_sweep_is_a_row_for_each_weight(run, tmp_path):
     """--sweep draws the same noises and labels in every row, with that row's guidance weight."""
     common = ["sample.py", "--ckpt", run / "checkpoint.pt", "--steps", 4, "--num", 3, "--labels", "1,2,3", "--device", "cpu"]
