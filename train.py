@@ -83,7 +83,7 @@ RECIPES = {
     ("udit", "imagenet256"): dict(DIT, class_cond=True, cfg=1.5),
     ("udit", "imagenet512"): dict(DIT, class_cond=True, cfg=1.5),
     ("udit", "folder"): DIT,
-    ("udit", "shapes"): dict(SHAPES, batch_size=32, steps=2000, lr=3e-3, weight_decay=0.0, schedule="ddpm"),
+    ("udit", "shapes"): dict(SHAPES, batch_size=32, steps=1500, lr=3e-3, weight_decay=0.0, schedule="ddpm"),
     # U-Net: IDDPM's, arXiv:2102.09672, but for its betas and dropout; ADM's, arXiv:2105.05233, which DiT took over
     ("unet", "cifar10"): dict(DIT, batch_size=128, steps=500_000, class_cond=False, label_dropout=0.0,
                               sample_steps=1000),
