@@ -9,11 +9,11 @@ A network turns every image into a vector, and the numbers compare two clouds of
     FID        |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means and covariances         Heusel 2017, 1706.08500
     sFID       the same of 7 maps of 17 x 17 numbers, which know where in the image         Nash 2021, 2103.03841
     IS         exp(mean KL(p(y|x) || p(y))): sure of its class, but varied over images      Salimans 2016, 1606.03498
-    precision  share of generated images in the cloud of real ones; recall: reversed    Kynkaanniemi 2019, 1904.06991
+    precision  share of generated images in the cloud of real ones; recall: reversed        Kynkaanniemi 2019, 1904.06991
 
-The network is the Inception of 2015 that all papers report with, not torchvision's. Its 299 x 299 input is scaled in one
-of two ways, which differ in the result: TensorFlow's (ADM, DiT, U-DiT; the default) or pytorch-fid's (U-ViT). Compare
-numbers only of the same resize, reference and number of images (50,000 in the papers).
+The network is the Inception of 2015 that all papers report with, not torchvision's. Images are scaled to its 299 x 299
+in one of two ways, which differ in the result: TensorFlow's (ADM, DiT, U-DiT; the default) or pytorch-fid's (U-ViT).
+Compare numbers only of the same resize, reference and number of images (50,000 in the papers).
 """
 import argparse
 import hashlib
@@ -208,7 +208,7 @@ class Scripted(nn.Module):
     def forward(self, images):
         vectors = self.attempt(self.module, images)
         if not torch.is_tensor(vectors) or vectors.ndim != 2 or len(vectors) != len(images):
-            raise ValueError(f"--features {self.made['network']}: images (N, 3, H, W) do not come out as vectors (N, D)")
+            raise ValueError(f"--features {self.made['network']}: does not turn images (N, 3, H, W) into vectors (N, D)")
         return dict(pool3=vectors)
 
 
@@ -244,8 +244,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)); mu (D,), sigma (D, D) symmetric -> float.
 
     With sigma = F F^T, the eigenvalues of sigma1 sigma2 are those of the symmetric (F1^T F2)(F1^T F2)^T: squares of the
-    singular values of F1^T F2, whose sum is the trace sought. Nothing is inverted and no root of a rounding error taken,
-    so covariances without full rank are no special case. 5 s at D = 2048 on one thread. ValueError on wrong shapes.
+    singular values of F1^T F2, whose sum is the trace sought. Nothing is inverted, and no root taken of a rounding
+    error, so covariances without full rank are no special case. 5 s at D = 2048 on one thread. ValueError on wrong shapes.
     """
     mu1, sigma1, mu2, sigma2 = given = [torch.as_tensor(v, dtype=torch.float64) for v in (mu1, sigma1, mu2, sigma2)]
     if mu1.ndim != 1 or [v.shape for v in given] != [mu1.shape, (len(mu1), len(mu1))] * 2:
@@ -328,27 +328,30 @@ def common_size(files):
 
 def open_input(name, args, here):
     """A data set, folder or npz -> (its images or None, its statistics {mu, sigma[, mu_s, sigma_s]} or {})."""
+    images, held = None, {}
     if name in data.DATASETS or Path(name).is_dir():
         size = args.size or (None if name in data.DATASETS else common_size(data.list_images(name)[0]))
         with here.first():
-            return data.load(name, args.data_dir, size), {}
-    if not zipfile.is_zipfile(name):
+            images = data.load(name, args.data_dir, size)
+    elif not zipfile.is_zipfile(name):
         what = "not an npz (or a damaged one)," if Path(name).exists() else "no such file,"
         raise ValueError(f"{name}: {what} folder, or data set ({', '.join(data.DATASETS)})")
-    try:
-        with np.load(name, allow_pickle=False) as npz:
-            held = {key: npz[key] for key in ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "made") if key in npz}
-            if "arr_0" not in held and not {"mu", "sigma"} <= held.keys():
-                raise ValueError(f"neither arr_0 (images) nor mu and sigma (statistics) are in it, but {', '.join(npz)}")
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
-    images, statistics = held.pop("arr_0", None), held if "sigma" in held else {}
-    if images is None:
-        return None, statistics
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        order = " (NCHW? transpose(0, 2, 3, 1))" if images.shape[1:2] == (3,) else ""
-        raise ValueError(f"{name}: arr_0 is {images.dtype} {images.shape}{order}; expected uint8, 0 to 255, (N, H, W, 3)")
-    return data.ImagesInMemory(torch.from_numpy(images).permute(0, 3, 1, 2)), statistics
+    else:
+        try:
+            with np.load(name, allow_pickle=False) as npz:
+                held = {key: npz[key] for key in ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "made") if key in npz}
+                if "arr_0" not in held and not {"mu", "sigma"} <= held.keys():
+                    raise ValueError(f"holds neither arr_0 (images) nor mu and sigma (statistics), but {', '.join(npz)}")
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from None
+        rows = held.pop("arr_0", None)
+        if rows is not None and (rows.dtype != np.uint8 or rows.ndim != 4 or rows.shape[3] != 3):
+            hint = " (NCHW? transpose(0, 2, 3, 1))" if rows.shape[1:2] == (3,) else ""
+            raise ValueError(f"{name}: arr_0 is {rows.dtype} {rows.shape}{hint}; expected uint8, 0 to 255, (N, H, W, 3)")
+        images = None if rows is None else data.ImagesInMemory(torch.from_numpy(rows).permute(0, 3, 1, 2))
+    if images is not None and len(images) < 2:
+        raise ValueError(f"{name}: {len(images)} image(s); a covariance takes at least two, a good one 50000")
+    return images, held if "sigma" in held else {}
 
 
 def read_batches(images, name, args, here):
@@ -376,7 +379,7 @@ def sample_batches(args, here):
 
 def collect(network, batches, here, keep=()):
     """Batches of all processes through the network -> on the first process dict(n, mu, sigma[, mu_s, sigma_s]) and the
-    outputs (N, D) named in `keep`, in order; {} on the others. Raises ValueError on fewer than two images.
+    outputs (N, D) named in `keep`, in order; {} on the others.
     """
     moments, kept = {}, {}
     for first, images in batches:
@@ -396,15 +399,12 @@ def collect(network, batches, here, keep=()):
         for name, part in more.items():
             moments[name].add(part)
         kept.update(rows)
-    n = moments["pool3"].n
-    if n < 2:
-        raise ValueError("one image has no covariance: give at least two, better 50000")
     numbers = {name: torch.cat([kept[first][name] for first in sorted(kept)]).numpy() for name in keep}
     for name, suffix in [("pool3", ""), ("spatial", "_s")]:
         if name in moments:
             numbers["mu" + suffix] = moments[name].mean.cpu().numpy()
-            numbers["sigma" + suffix] = moments[name].scatter.cpu().numpy() / (n - 1)
-    return dict(n=n, **numbers)
+            numbers["sigma" + suffix] = moments[name].scatter.cpu().numpy() / (moments[name].n - 1)
+    return dict(numbers, n=moments["pool3"].n)
 
 
 def collect_reference(network, images, args, here):
@@ -422,8 +422,9 @@ def collect_reference(network, images, args, here):
             count = min(VECTORS, len(images))
             numbers["pool3"] = numbers["pool3"][np.arange(count) * len(images) // count]
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path.with_suffix(".tmp.npz"), **numbers, made=json.dumps(made))
-        os.replace(path.with_suffix(".tmp.npz"), path)
+        temporary = path.with_suffix(f".{os.getpid()}.npz")
+        np.savez(temporary, **numbers, made=json.dumps(made))
+        os.replace(temporary, path)
     return numbers
 
 
@@ -452,30 +453,33 @@ def parse(argv=None):
     train.check_bounds({**vars(args), "image_size": args.size})
     if not args.samples:
         sample.check_flags(args)
-        if not args.num:
-            raise ValueError("--num is missing: how many images to sample (50000 in the papers)")
+        if (args.num or 0) < 2:
+            raise ValueError("--num N: say how many images to sample, at least 2 (50000 in the papers)")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
     here = train.Processes(args.device)
+    torch.backends.cudnn.allow_tf32 = False         # features in full float32 on every machine
+    torch.set_float32_matmul_precision("highest")
     real_images, real = open_input(args.ref, args, here)
     if args.samples:
         images, fake = open_input(args.samples, args, here)
-        batches = images and read_batches(images, args.samples, args, here)
-        made = dict(source=args.samples, size=images.shape[1]) if images else dict(source=args.samples)
+        batches = None if images is None else read_batches(images, args.samples, args, here)
+        made = dict(source=args.samples, size=None if images is None else images.shape[1])
     else:
         (batches, made), fake = sample_batches(args, here), {}
-    with_pr = bool(args.pr and batches and real_images)
-    network = SimpleNamespace(made={})      # two files of statistics need none
-    if batches or not real:
+    with_pr = args.pr and batches is not None and real_images is not None
+    network = SimpleNamespace(made={})              # two files of statistics need none
+    if batches is not None or not real:
         with here.first():
             network = Scripted(args.features) if args.features else Inception(args.inception, args.resize)
         network.to(here.device)
-    if real_images and (with_pr or not real):
-        real = {**collect_reference(network, real_images, args, here), **real}
-    if batches:
+    if with_pr or not real:
+        found = collect_reference(network, real_images, args, here)
+        real = {**real, "pool3": found.get("pool3")} if real else found     # published statistics go first
+    if batches is not None:
         fake = collect(network, batches, here, ["pool3"] * with_pr + ["logits"] * (not args.features))
     if here.rank == 0:
         report(args, here, network.made, fake, made, real, real_images)
@@ -498,17 +502,17 @@ def report(args, here, network, fake, made, real, real_images):
         vectors = [torch.from_numpy(side["pool3"]).to(here.device) for side in (real, fake)]
         numbers["precision"], numbers["recall"] = precision_recall(*vectors)
 
-    reference = dict(source=args.ref, size=real_images.shape[1]) if real_images else dict(source=args.ref)
-    how = dict(samples={"n": fake.get("n"), **made}, reference={"n": real.get("n"), **reference}, network=network)
-    how = {side: {key: value for key, value in made.items() if value is not None} for side, made in how.items()}
-    for side in ("samples", "reference"):
-        if how[side].get("n", math.inf) < 2048:
-            print(f"fid.py: warning: {how[side]['n']} {side}: under 2048 the covariance of 2048 numbers has no full rank, "
-                  "and the distance comes out too large", file=sys.stderr)
+    size = None if real_images is None else real_images.shape[1]
+    how = dict(samples=dict(n=fake.get("n"), **made), reference=dict(n=real.get("n"), source=args.ref, size=size), network=network)
+    how = {side: {key: value for key, value in facts.items() if value is not None} for side, facts in how.items()}
+    warnings = [f"{how[side]['n']} {side}: under 2048 images the covariance has no full rank, and the distance is too large"
+                for side in ("samples", "reference") if how[side].get("n", math.inf) < 2048]
     if network.get("network") == "Inception" and network["weights"] != RELEASED:
-        print("fid.py: warning: not the released weights: nobody else's FID compares with this", file=sys.stderr)
-    if how["samples"].get("size") != how["reference"].get("size", how["samples"].get("size")):
-        print("fid.py: warning: samples and reference differ in size, and so in sharpness", file=sys.stderr)
+        warnings.append("these are not the released weights of Inception: no published FID compares with this")
+    if size and made["size"] and size != made["size"]:
+        warnings.append(f"samples of {made['size']} pixels against a reference of {size}: --size scales files")
+    for warning in warnings:
+        print(f"fid.py: warning: {warning}", file=sys.stderr)
     if args.json:
         return print(json.dumps({**numbers, **how}))
     for name, value in numbers.items():
