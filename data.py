@@ -3,47 +3,72 @@
     dataset = load("cifar10", data_dir="data")          # torchvision's CIFAR10, downloaded if it is not there
     dataset = load("shapes", image_size=16)             # ten classes of drawn shapes, made here, no download
     dataset = load("photos/", image_size=64)            # your images: flat (no labels), or one folder for each class
+    dataset = load("imagenet256")                       # latents, and labels or text features, made beforehand by
+
+    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out data/imagenet256 --image-size 256
 
 Small sets (under 2 GiB as uint8) live on the training device, where mirroring and scaling cost next to nothing: reading
 CIFAR10's 50,000 PNGs took 9 s on two CPU cores, and a batch is one gather. Larger sets are read by DataLoader workers.
 
-Order is a function of (seed, epoch) alone (`shuffled`), so that a run can be resumed or split over processes exactly.
+Order, and which of its captions an image comes with, are functions of the seed and the place in the stream of epochs
+alone (`shuffled`), so that a run can be resumed or split over processes exactly.
 """
+import argparse
+import hashlib
+import importlib
+import json
 import math
 import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image
 from tqdm import tqdm
 
 IN_MEMORY = 2 * 2**30     # bytes of uint8 up to which a data set is held in memory
-IMAGE_SIZE = {"cifar10": 32, "shapes": 16}      # .. and 64 for folders, where nothing else is asked for
+IMAGE_SIZE = {"cifar10": 32, "celeba64": 64, "imagenet64": 64, "imagenet256": 256, "imagenet512": 512, "mscoco256": 256,
+              "shapes": 16, "folder": 64}     # where nothing else is asked for
 
 
 def load(name, data_dir=None, image_size=None):
-    """The training images of a data set, by name ("cifar10", "shapes") or path (a folder of images).
+    """The training part of a data set, by name (DATASETS) or path (a folder of images, or one that `encode` wrote).
 
-    data_dir    where a named data set lies (default: data/)
-    image_size  height and width of the images (default IMAGE_SIZE)
+    data_dir    where a named data set lies (default: in data/)
+    image_size  height and width of the images (default IMAGE_SIZE; latents keep that of their encoding)
     Raises ValueError or FileNotFoundError, in one line, where there is nothing of that name or it can not be read.
     """
     if data_dir and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"--data-dir {data_dir}: no such folder")
     if name in DATASETS:
         return DATASETS[name](data_dir=data_dir, image_size=image_size)
-    if Path(name).is_dir():
-        return folder(name, image_size or 64)
-    if Path(name).exists():
-        raise ValueError(f"{name}: not a folder; --data takes {', '.join(DATASETS)}, or a folder of images")
-    raise FileNotFoundError(f"{name}: no such data set or folder; --data takes {', '.join(DATASETS)}, or a folder of "
-                            "images")
+    return folder(name, image_size or 64) if kind(name) == "folder" else Latents(name, image_size)
+
+
+def kind(name):
+    """What sort of data a name or path is, without reading it: a name of DATASETS, or "folder" for own images.
+
+    An encoded folder counts as the set of the papers that it is most like: "mscoco256" with captions, "imagenet256"
+    without, "imagenet512" if the latents are wider than 32. Raises as `load` does.
+    """
+    if name in DATASETS:
+        return name
+    takes = f"--data takes {', '.join(DATASETS)}, or a folder of images or latents"
+    if not Path(name).exists():
+        raise FileNotFoundError(f"{name}: no such data set or folder; {takes}")
+    if not Path(name).is_dir():
+        raise ValueError(f"{name}: not a folder; {takes}")
+    if not (Path(name) / "encoding.json").exists():
+        return "folder"
+    encoding = read_encoding(name)
+    return "mscoco256" if encoding["text"] else "imagenet256" if encoding["shape"][-1] <= 32 else "imagenet512"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,11 +76,14 @@ def load(name, data_dir=None, image_size=None):
 
 
 class Images:
-    """What both kinds share: shape (C, H, W) of an image, class names, labels (N,) int64 or None, and `prepare`.
+    """What all kinds share: shape (C, H, W) of x_0, class names, labels (N,) int64 or None, `draws` and `prepare`.
 
-    A kind has `batches(order, device, workers)`: for each array of indices in `order`, images uint8 (n, C, H, W) and
-    labels (n,) or None, on `device`.
+    A kind has `batches(order, device, workers)`: for each array (n, 2) of `order` (see `shuffled`) two tensors on
+    `device`: x, uint8 images (n, C, H, W), and y, their labels (n,) int64 or None. (`Latents` differ in both.)
     """
+    text = None         # (tokens, width) of text features, where these are y
+    null = None         # and (tokens, width) float32, those of the empty string
+    encoding = None     # of latents: what made them, the dict of encoding.json (see `encode`)
 
     def __init__(self, shape, labels, class_names, flip):
         self.shape, self.labels, self.class_names, self.flip = tuple(shape), labels, tuple(class_names), flip
@@ -83,8 +111,8 @@ class ImagesInMemory(Images):
 
     def batches(self, order, device, workers=0):
         images, labels = self.images.to(device), None if self.labels is None else self.labels.to(device)
-        for index in order:
-            index = torch.as_tensor(index).to(device, non_blocking=True)
+        for places in order:
+            index = torch.as_tensor(places[:, 0]).to(device, non_blocking=True)
             yield images[index], None if labels is None else labels[index]
 
 
@@ -94,19 +122,12 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-class ImagesOnDisk(Images):
-    """Image files that are read when they are needed, by `workers` processes."""
+class OnDisk(Images):
+    """What is read when it is needed, by `workers` processes: `read(index, choice)` -> x and, if there is any, y."""
 
-    def __init__(self, files, labels, class_names, image_size, flip=True):
-        super().__init__((3, image_size, image_size), labels, class_names, flip)
-        self.files, self.image_size = files, image_size
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
+    def __getitem__(self, place):
         try:
-            return read_image(self.files[index], self.image_size), -1 if self.labels is None else self.labels[index]
+            return self.read(*map(int, place))
         except ValueError as error:     # a worker would wrap it in its stack trace: hand it over instead
             return error
 
@@ -115,8 +136,7 @@ class ImagesOnDisk(Images):
         for item in items:
             if isinstance(item, ValueError):
                 return item
-        images, labels = zip(*items)
-        return torch.stack(images), torch.tensor(labels)
+        return [torch.stack(parts) for parts in zip(*items)]
 
     def batches(self, order, device, workers=0):
         loader = torch.utils.data.DataLoader(
@@ -125,20 +145,113 @@ class ImagesOnDisk(Images):
         for batch in loader:
             if isinstance(batch, ValueError):
                 raise batch
-            images, labels = (part.to(device, non_blocking=True) for part in batch)
-            yield images, None if self.labels is None else labels
+            x, *y = (part.to(device, non_blocking=True) for part in batch)
+            yield x, (y[0].float() if self.text else y[0]) if y else None
+
+
+class ImagesOnDisk(OnDisk):
+    """Image files, of which read_file(path, image_size) makes uint8 (3, image_size, image_size)."""
+
+    def __init__(self, files, labels, class_names, image_size, read_file):
+        super().__init__((3, image_size, image_size), labels, class_names, flip=True)
+        self.files, self.read_file = files, read_file
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, index, choice):
+        image = self.read_file(self.files[index], self.shape[-1])
+        return (image,) if self.labels is None else (image, self.labels[index])
+
+
+class Latents(OnDisk):
+    """A folder written by `encode`: Gaussians of an autoencoder for each image and its mirror, and labels or text.
+
+    x is moments (n, 2, 2C, h, w) in the type of the file: of image and mirror, C means, then C log variances; `prepare`
+    draws x_0 from them. y is labels, or features (n, tokens, width) float32 of one caption of each image, by its random
+    number; then there is no mirroring, as in U-ViT ("left" would turn wrong).
+    Raises ValueError or FileNotFoundError where the folder is incomplete, damaged or of another image size.
+    """
+
+    def __init__(self, root, image_size=None):
+        self.root, self.encoding = Path(root), read_encoding(root)
+        if image_size not in (None, self.encoding["image_size"]):
+            raise ValueError(f"{root}: encoded at image size {self.encoding['image_size']}, not {image_size}")
+        names = ["moments", "text"] if self.encoding["text"] else ["moments"]
+        done = np.concatenate([self.array(f"{name}_done") for name in names])
+        if not done.all():
+            raise ValueError(f"{root}: only {done.mean():.1%} encoded ({done.sum()} of {len(done)} images and captions)"
+                             "; run the same command of data.py encode again, it continues")
+        self.text = tuple(self.encoding["text"] or ()) or None
+        self.null = torch.from_numpy(self.array("null").astype(np.float32)) if self.text else None
+        labels = torch.from_numpy(self.array("labels").copy()) if self.encoding["class_names"] else None
+        super().__init__(self.encoding["shape"], labels, self.encoding["class_names"], flip=not self.text)
+        for name in names:              # are they there, and whole?
+            self.array(name)
+
+    def __len__(self):
+        return self.encoding["count"]
+
+    def array(self, name):
+        try:
+            return mapped(self.root / f"{name}.npy")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.root}: {name}.npy is missing or damaged ({error}); encode again") from None
+
+    def read(self, index, choice):
+        moments = torch.from_numpy(self.array("moments")[index].copy())
+        if self.text:
+            first, end = self.array("captions")[index:index + 2]
+            return moments, torch.from_numpy(self.array("text")[first + choice % (end - first)].copy())
+        return (moments,) if self.labels is None else (moments, self.labels[index])
+
+    def examples(self, n):
+        """Text features (n, tokens, width) float32: the first captions of n images, evenly spaced."""
+        places = np.stack([np.arange(n) * len(self) // n, np.zeros(n, np.int64)], axis=1)
+        return torch.stack([self[place][1] for place in places]).float()
+
+    def draws(self, n, generator):
+        """Whether each is mirrored, (n,) bool, and the noise (n, C, h, w) that its latent is drawn with."""
+        return [*super().draws(n, generator), torch.randn(n, *self.shape, generator=generator, device=generator.device)]
+
+    def prepare(self, moments, mirror, noise):
+        """x_0 = scale (mean + std noise), float32 (n, C, h, w), of the image or of its mirror."""
+        side = mirror.long() if self.flip else torch.zeros_like(mirror, dtype=torch.long)
+        mean, log_variance = moments[torch.arange(len(side), device=side.device), side].float().chunk(2, dim=1)
+        return self.encoding["scale"] * (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise)
+
+
+@lru_cache(maxsize=16)
+def mapped(path):
+    """A .npy file, mapped into memory once in every process: to workers, who may not be forks, only its path goes."""
+    return np.load(path, mmap_mode="r")
+
+
+def read_encoding(root):
+    """encoding.json of an encoded folder, a dict (its keys: see `encode`). Raises ValueError where it is none."""
+    try:
+        encoding = json.loads((Path(root) / "encoding.json").read_text())
+        [encoding[key] for key in ("shape", "text", "count", "scale", "image_size", "class_names")]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{root}: its encoding.json is not one of data.py encode ({error!r})") from None
+    return encoding
 
 
 @lru_cache(maxsize=2)
-def permutation(length, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(length)
+def epoch_order(length, seed, epoch):
+    """A permutation of the images, and a random number in [0, 2**31) for each place in it: (length, 2) int64."""
+    random = np.random.default_rng([seed, epoch])
+    return np.stack([random.permutation(length), random.integers(2**31, size=length)], axis=1)
 
 
 def shuffled(length, seed, start, count):
-    """Image indices (count,) from position `start` of an endless stream of epochs, each shuffled by (seed, epoch)."""
+    """(count, 2) int64 from position `start` of an endless stream of epochs, each shuffled by (seed, epoch).
+
+    Column 0 is the image's index, column 1 a random number for what is chosen when it is read: one of its captions.
+    """
     positions = np.arange(start, start + count)
     epochs = positions // length
-    return np.concatenate([permutation(length, seed, int(epoch))[positions[epochs == epoch] % length]
+    return np.concatenate([epoch_order(length, seed, int(epoch))[positions[epochs == epoch] % length]
                            for epoch in np.unique(epochs)])
 
 
@@ -146,27 +259,48 @@ def shuffled(length, seed, start, count):
 # Reading images
 
 
-def read_image(path, size):
-    """An image file -> uint8 (3, size, size): RGB, short side scaled to `size`, centre cropped.
-
-    As in ADM, DiT and U-ViT: halve with a box filter while the short side is at least twice the target, then bicubic.
-    Raises ValueError naming the file where Pillow can not read it.
-    """
+def open_image(path):
+    """An image file -> Pillow's image, RGB. Raises ValueError naming the file where Pillow can not read it."""
     try:
         image = Image.open(path)
         if image.mode.startswith("I"):                                      # 16 bits: Pillow would clip, not scale
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        image = image.convert("RGB")
+        return image.convert("RGB")
     except Exception as error:      # OSError, SyntaxError, struct.error, DecompressionBombError, ..
         raise ValueError(f"{path}: not a readable image ({error}); repair or remove it") from None
+
+
+def to_tensor(image):
+    """Pillow's RGB image -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def one_line(error):
+    """What an error of somebody else's says, without line breaks and not too long."""
+    return " ".join(str(error).split())[:200]
+
+
+def read_image(path, size):
+    """An image file -> uint8 (3, size, size): RGB, short side scaled to `size`, centre cropped.
+
+    As in ADM, DiT and U-ViT: halve with a box filter while the short side is at least twice the target, then bicubic.
+    """
+    image = open_image(path)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     if min(image.size) != size:
         scale = size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.asarray(image)[top:top + size, left:left + size]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    return to_tensor(image.crop((left, top, left + size, top + size)))
+
+
+def read_face(path, size):
+    """An aligned image of CelebA, 178x218 -> uint8 (3, size, size): rows 57..185, columns 25..153, bilinear (U-ViT)."""
+    image = open_image(path)
+    if image.size != (178, 218):
+        raise ValueError(f"{path}: {image.width}x{image.height}, not an aligned image of CelebA, which is 178x218")
+    return to_tensor(image.crop((25, 57, 153, 185)).resize((size, size), Image.BILINEAR))
 
 
 def list_images(root):
@@ -202,18 +336,22 @@ def list_images(root):
     return files, torch.tensor(labels), [p.name for p in classes]
 
 
-def folder(root, image_size, flip=True):
-    """A folder of images, flat or one folder for each class, in memory if that is small and on disk if not."""
-    files, labels, names = list_images(root)
+def folder(root, image_size):
+    """A folder of images, flat or one folder for each class."""
+    return from_files(root, *list_images(root), image_size)
+
+
+def from_files(root, files, labels, names, image_size, read_file=read_image):
+    """The images of these files, all below root: in memory if that is small and on disk if not."""
     if len(files) * 3 * image_size**2 > IN_MEMORY:
-        return ImagesOnDisk(files, labels, names, image_size, flip)
+        return ImagesOnDisk(files, labels, names, image_size, read_file)
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read = pool.map(partial(read_image, size=image_size), files)
+        read = pool.map(partial(read_file, size=image_size), files)
         for i, image in enumerate(tqdm(read, total=len(files), desc=f"reading {root}", unit="image", leave=False,
                                        mininterval=0.1 if sys.stderr.isatty() else 10)):
             images[i] = image
-    return ImagesInMemory(images, labels, names, flip)
+    return ImagesInMemory(images, labels, names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,6 +383,54 @@ def cifar10(data_dir=None, image_size=None):
             "(https://www.cs.toronto.edu/~kriz/cifar.html) there, or say where it is with --data-dir") from None
     images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
     return ImagesInMemory(images, torch.tensor(files.targets), CIFAR10_CLASSES)
+
+
+def celeba64(data_dir=None, image_size=None):
+    """The faces of CelebA, cropped as in U-ViT, 64x64, no labels.
+
+    The aligned images lie in data_dir (default data/celeba64 or data/celeba), in its img_align_celeba/ or, where
+    torchvision puts them, celeba/img_align_celeba/. If there are none, torchvision's download is tried. Of the whole
+    set, 202,599 images, the first 162,770 are used, which are its training split; of any other number, all.
+    """
+    roots = [Path(data_dir)] if data_dir else [Path("data/celeba64"), Path("data/celeba")]
+    places = [root / below for root in roots for below in ("celeba/img_align_celeba", "img_align_celeba", "")]
+    root = next((place for place in places if any(place.glob("*.jpg")) or any(place.glob("*.png"))), None)
+    if not root:
+        try:
+            torchvision.datasets.CelebA(data_dir or "data", download=True)
+        except Exception as error:      # gdown's absence or complaint about the quota, URLError, RuntimeError, OSError
+            raise FileNotFoundError(
+                f"celeba64: no images in {' or '.join(map(str, roots))}, and the download failed "
+                f"({one_line(error)}); unpack img_align_celeba.zip "
+                "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) there, or give its folder to --data-dir") from None
+        root = Path(data_dir or "data") / "celeba/img_align_celeba"
+    files = list_images(root)[0]
+    return from_files(root, files[:162_770] if len(files) == 202_599 else files, None, (), image_size or 64, read_face)
+
+
+def imagenet64(data_dir=None, image_size=None):
+    """ImageNet's class folders (n01440764/, ..) in data_dir (default data/imagenet) or data_dir/train, at 64x64.
+
+    They are decoded anew in every epoch: a photograph of 500x375 takes a core 3 ms, so --workers decides the speed.
+    """
+    root = Path(data_dir or "data/imagenet")
+    root = root / "train" if (root / "train").is_dir() else root
+    if not root.is_dir():
+        raise FileNotFoundError(f"imagenet64: no folder {root}; put ImageNet's class folders (https://image-net.org) "
+                                "there, or say where they are with --data-dir")
+    dataset = folder(root, image_size or 64)
+    if dataset.labels is None:
+        raise ValueError(f"imagenet64: {root} holds images, not a folder for each class")
+    return dataset
+
+
+def encoded(name, flags, data_dir=None, image_size=None):
+    """The latents of a named data set, from data_dir (default data/<name>), where `encode` wrote them."""
+    root = Path(data_dir or f"data/{name}")
+    if not (root / "encoding.json").exists():
+        raise FileNotFoundError(f"{name}: no latents in {root}; they are made by: python data.py encode {flags} "
+                                f"--out {root}")
+    return Latents(root, image_size)
 
 
 def box(x, y, width, height):
@@ -299,7 +485,266 @@ def nearest_shape(images):
     return known.labels[index], distance
 
 
-DATASETS = {"cifar10": cifar10, "shapes": shapes}
+DATASETS = {
+    "cifar10": cifar10, "celeba64": celeba64, "imagenet64": imagenet64,
+    "imagenet256": partial(encoded, "imagenet256", "--images imagenet/train --image-size 256"),
+    "imagenet512": partial(encoded, "imagenet512", "--images imagenet/train --image-size 512"),
+    "mscoco256": partial(encoded, "mscoco256", "--images train2014 --captions captions_train2014.json --image-size 256 "
+                         "--scale 0.23010"),
+    "shapes": shapes,
+}
+
+
+@lru_cache
+def imagenet_names():
+    """The names of ImageNet's 1000 classes, in the order of their numbers, from torchvision: "tench", "goldfish", .."""
+    return tuple(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion's autoencoder and CLIP. diffusers and transformers are needed here alone.
+
+AUTOENCODER, CLIP, SCALE = "stabilityai/sd-vae-ft-ema", "openai/clip-vit-large-patch14", 0.18215
+ENCODINGS = {      # of the papers' weights, which come without an encoding.json
+    name: dict(autoencoder=AUTOENCODER, scale=scale, image_size=IMAGE_SIZE[name], clip=clip) for name, scale, clip
+    in [("imagenet256", SCALE, None), ("imagenet512", SCALE, None), ("mscoco256", 0.23010, CLIP)]}
+
+
+def pretrained(package, class_name, name, **options):
+    """An object of a class of diffusers or transformers, from a folder of save_pretrained or by huggingface.co's name.
+
+    Raises ValueError in one line where the package is missing, or nothing can be read under that name.
+    """
+    try:
+        cls = getattr(importlib.import_module(package), class_name)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"{name}: needs the package {package}: pip install {package} ({one_line(error)})") from None
+    try:
+        return cls.from_pretrained(name, **options)
+    except Exception as error:      # OSError, HTTP errors, KeyError, whatever the reader makes of other files
+        raise ValueError(f"{name}: no {class_name} could be read from a folder, nor from huggingface.co, of that name "
+                         f"({one_line(error)})") from None
+
+
+class Autoencoder:
+    """A KL autoencoder of Stable Diffusion, frozen, in float32 (float16 overflows in some of them)."""
+
+    def __init__(self, name=AUTOENCODER, device="cpu", scale=None):
+        net = pretrained("diffusers", "AutoencoderKL", name, low_cpu_mem_usage=False)   # True asks for one more package
+        self.net = net.to(device).requires_grad_(False).eval()
+        self.device, self.scale = device, SCALE if scale is None else scale
+
+    def moments(self, x):
+        """Images (n, 3, S, S), uint8 or in [-1, 1] -> C means and C log variances, (n, 2C, s, s) float32, unscaled."""
+        x = x.to(self.device)
+        return self.net.encode(x if x.is_floating_point() else x / 127.5 - 1).latent_dist.parameters
+
+    def decode(self, latents):
+        """Scaled latents (n, C, s, s) -> images, uint8 (n, 3, S, S), on the device; a few at a time, to save memory."""
+        parts = (latents.to(self.device, torch.float32) / self.scale).split(8)
+        return torch.cat([to_uint8(self.net.decode(part).sample) for part in parts])
+
+
+def decoder(encoding, device):
+    """A function from samples x_0 to uint8 images (n, 3, H, W): of pixels where encoding is None, else of latents."""
+    return Autoencoder(encoding["autoencoder"], device, encoding["scale"]).decode if encoding else to_uint8
+
+
+class TextEncoder:
+    """CLIP's text model, frozen: captions -> last hidden states (n, tokens, width) float32, all cut or padded to 77."""
+
+    def __init__(self, name=CLIP, device="cpu"):
+        self.tokenizer = pretrained("transformers", "CLIPTokenizer", name)
+        net = pretrained("transformers", "CLIPTextModel", name)
+        self.net = net.to(device).float().requires_grad_(False).eval()
+        self.device, self.tokens = device, net.config.max_position_embeddings
+        if len(self.tokenizer) < net.config.vocab_size:     # transformers makes an empty one where there are no files
+            raise ValueError(f"{name}: lacks the tokenizer of its text model (tokenizer.json)")
+
+    def __call__(self, captions):
+        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.tokens,
+                                return_tensors="pt")
+        return self.net(input_ids=tokens.input_ids.to(self.device)).last_hidden_state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py encode
+
+
+def read_captions(path, root):
+    """A JSON file of captions -> (image files below root, sorted; the first caption of each, (N + 1,); captions).
+
+    As COCO's ("images" with id and file_name, "annotations" with image_id and caption), or {file name: [caption, ..]}.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        if "annotations" in content:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            pairs = [(names[caption["image_id"]], caption["caption"]) for caption in content["annotations"]]
+        else:
+            pairs = [(name, caption) for name, captions in content.items() for caption in [] + captions]
+        names, captions = zip(*sorted(pairs, key=lambda pair: pair[0]))
+        if {type(text) for text in names + captions} != {str}:
+            raise ValueError("names and captions must be text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--captions {path}: not a file of captions, neither COCO's nor {{file name: [caption, ..]}} "
+                         f"({type(error).__name__}: {one_line(error)})") from None
+    names, first = np.unique(names, return_index=True)
+    files = [Path(root) / str(name) for name in names]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: no such image, but {path} has captions for it ({len(missing)} of "
+                                f"{len(files)} are missing)")
+    return files, np.append(first, len(captions)), captions
+
+
+def write_rows(path, first, rows):
+    """Put an array (n, ..) into a .npy file of its type, from row `first` on; it is on the disk when this returns.
+
+    Written, not mapped: what is beside it on a page may be another process's, on another machine.
+    """
+    offset = np.load(path, mmap_mode="r").offset        # the length of the header
+    with open(path, "r+b") as file:
+        file.seek(offset + first * rows[0].nbytes)
+        file.write(rows.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_missing(path, rows_of, batch_size, rank, world):
+    """Fill this process's batches of rows of a .npy file, but those marked in <name>_done.npy.
+
+    rows_of(spans) yields a tensor for each span (first, end) in turn. Rows are on the disk before they are marked, so
+    a process killed at any moment has lost no more than the batch it was in.
+    """
+    marks = path.with_name(f"{path.stem}_done.npy")
+    done = np.load(marks)
+    spans = [(first, min(first + batch_size, len(done))) for first in range(0, len(done), batch_size)]
+    mine = [(first, end) for first, end in spans[rank::world] if not done[first:end].all()]
+    with tqdm(total=len(done), initial=int(done.sum()), desc=path.stem, unit="row", disable=rank > 0,
+              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        for (first, end), rows in zip(mine, rows_of(mine)):
+            if not rows.isfinite().all():
+                raise ValueError(f"{path}: rows from {first} on are not finite in {rows.dtype}; use --type float32")
+            write_rows(path, first, rows.cpu().numpy())
+            write_rows(marks, first, np.ones(end - first, done.dtype))
+            bar.update(int(np.load(marks).sum()) - bar.n)       # of all processes
+
+
+def begin(out, encoding, arrays, shapes):
+    """Make the files of an encoding: `arrays` whole, and those of `shapes` empty, to be filled by write_missing.
+
+    Raises ValueError where they are there already, but of other settings or images.
+    """
+    if (out / "encoding.json").exists():
+        before = read_encoding(out)
+        changed = [key for key in encoding if before.get(key) != encoding[key]]
+        if changed:
+            raise ValueError(f"{out}: begun with other {', '.join(changed)}; give another --out, or remove this one")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, shape in shapes.items():
+        np.lib.format.open_memmap(out / f"{name}.npy", "w+", encoding["type"], shape)
+        arrays = {**arrays, f"{name}_done": np.zeros(shape[0], np.uint8)}
+    for name, array in arrays.items():
+        np.save(out / f"{name}.npy", array)
+    (out / "encoding.tmp").write_text(json.dumps(encoding, indent=2) + "\n")
+    os.replace(out / "encoding.tmp", out / "encoding.json")     # last: where it is, all the others are
+
+
+def encode(args):
+    """Images -> a folder that `load` reads. Several processes (torchrun) share the work; a killed run continues.
+
+    moments.npy    (N, 2, 2C, h, w): for image and mirror, C means and C log variances of the autoencoder
+    labels.npy     (N,) int64, where the images lie in class folders
+    text.npy       (M, tokens, width): CLIP's features of all captions
+    captions.npy   (N + 1,) int64: captions[i] to captions[i + 1] are the rows of text that belong to image i
+    null.npy       (tokens, width): the features of the empty string
+    .._done.npy    which rows of moments and text are written
+    encoding.json  autoencoder, scale, clip, image_size, type, count (N), shape (C, h, w), text (tokens, width) or null,
+                   class_names, and files, a checksum of all file names and captions
+    """
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found; start "
+                             "fewer processes, or use --device cpu")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if min(args.image_size, args.batch_size) < 1 or args.workers < 0:
+        raise ValueError("--image-size and --batch-size must be at least 1, --workers at least 0")
+    if args.captions:
+        (files, index, captions), names = read_captions(args.captions, args.images), ()
+    else:
+        (files, labels, names), captions = list_images(args.images), ()
+    content = json.dumps([[str(file.relative_to(args.images)) for file in files], captions])
+
+    autoencoder, clip = (str(Path(name).resolve()) if Path(name).is_dir() else name
+                         for name in (args.autoencoder, args.clip))
+    vae = Autoencoder(autoencoder, device)
+    text = TextEncoder(clip, device) if captions else None
+    dtype = getattr(torch, args.type)
+    shape = vae.moments(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1:]
+    if args.image_size % shape[-1]:
+        raise ValueError(f"--image-size {args.image_size}: latents of {shape[-1]} would decode to another size")
+    arrays, shapes = {"labels": labels} if names else {}, {"moments": (len(files), 2, *shape)}
+    if captions:
+        arrays = {"captions": index, "null": text([""])[0].to(dtype).cpu()}
+        shapes["text"] = (len(captions), *arrays["null"].shape)
+    encoding = dict(
+        autoencoder=autoencoder, scale=args.scale, clip=clip if captions else None, image_size=args.image_size,
+        type=args.type, count=len(files), shape=[shape[0] // 2, *shape[1:]],
+        text=list(shapes["text"][1:]) if captions else None, class_names=list(names),
+        files=hashlib.sha256(content.encode()).hexdigest())
+    if rank == 0:
+        begin(Path(args.out), encoding, arrays, shapes)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.barrier()
+
+    def moments_rows(spans):
+        images = ImagesOnDisk(files, None, (), args.image_size, read_image)
+        order = [np.stack([np.arange(first, end), np.zeros(end - first, np.int64)], axis=1) for first, end in spans]
+        for x, _ in images.batches(order, device, args.workers):
+            yield torch.stack([vae.moments(x), vae.moments(x.flip(-1))], dim=1).to(dtype)
+
+    def text_rows(spans):
+        for first, end in spans:
+            yield text(captions[first:end]).to(dtype)
+
+    for name, rows_of in (("moments", moments_rows), ("text", text_rows)):
+        if name in shapes:
+            write_missing(Path(args.out) / f"{name}.npy", rows_of, args.batch_size, rank, world)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        print(f"{args.out}: {len(files)} images as latents {tuple(encoding['shape'])}, {len(names) or 'no'} classes, "
+              f"{len(captions) or 'no'} captions")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser.add_subparsers(required=True, metavar="encode").add_parser(
+        "encode", help="images -> latents, captions -> text features (see encode --help)",
+        description="Images -> a folder of latents, and of labels or text features, that --data takes. Processes of "
+        "torchrun share the work. Interrupted, the same command continues.")
+    add = p.add_argument
+    add("--images", required=True, metavar="FOLDER", help="flat, or one folder for each class")
+    add("--out", required=True, metavar="FOLDER", help="data/<name> is where --data <name> looks (imagenet256, ..)")
+    add("--image-size", type=int, default=256, metavar="PIXELS", help="default 256")
+    add("--captions", metavar="JSON", help="COCO's captions_train2014.json, or a file of {file name: [caption, ..]}")
+    add("--autoencoder", default=AUTOENCODER, metavar="NAME_OR_FOLDER", help=f"default {AUTOENCODER}")
+    add("--scale", type=float, default=SCALE, help=f"of the latents (default {SCALE}; U-ViT on MS-COCO: 0.23010)")
+    add("--clip", default=CLIP, metavar="NAME_OR_FOLDER", help=f"text encoder (default {CLIP})")
+    add("--type", choices=["float16", "float32"], default="float16", help="in the files (default float16)")
+    add("--batch-size", type=int, default=32, metavar="N", help="images at a time on each process (default 32)")
+    add("--workers", type=int, default=4, metavar="N", help="reading processes of each process (default 4)")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if there is one")
+    encode(parser.parse_args(argv))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,3 +772,12 @@ def save_grid(images, path, rows=0):
         images = places.flatten(0, 1)
     grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
+        sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped; the same command continues")

@@ -312,6 +312,12 @@ def progress_bar(pairs, name, progress):
     return tqdm(pairs, desc=name, unit="step", leave=False, disable=not progress)
 
 
+def predicted_x0(denoise, schedule, x, t):
+    """The image that the predicted noise leaves: (x_t - sigma eps) / alpha."""
+    (alpha, sigma), (eps, _) = schedule.alpha_sigma(t), split(denoise(x, t), x)
+    return (x - sigma * eps) / alpha
+
+
 def euler(denoise, schedule, x, steps, randn=torch.randn_like, progress=False, level=1.0):
     """Euler-Maruyama on the reverse SDE (level 1), or Euler on the probability-flow ODE (level 0), to t = 0.
 
@@ -372,11 +378,7 @@ def dpm_solver(denoise, schedule, x, steps, randn=None, progress=False, data=Fal
         nodes = [times[end - k:end + 1] for k, end in zip(orders, np.cumsum(orders).tolist())]
 
     def predict(x, t):
-        eps, _ = split(denoise(x, t), x)
-        if not data:
-            return eps
-        alpha, sigma = schedule.alpha_sigma(t)
-        return (x - sigma * eps) / alpha
+        return predicted_x0(denoise, schedule, x, t) if data else split(denoise(x, t), x)[0]
 
     with progress_bar(range(steps), "DPM-Solver++" if data else "DPM-Solver", progress) as bar:
         for times in nodes:
@@ -412,11 +414,39 @@ def dpm_step(predict, schedule, x, times, data):
     return first_order(3) - other[3] * (torch.expm1(h[3]) / h[3] - 1) * h[3] / h[2] * (p2 - p0)
 
 
+def multistep(denoise, schedule, x, steps, randn=None, progress=False, grid="time"):
+    """DPM-Solver++(2M): second order with one evaluation a step, since the slope comes from the step before.
+
+    On the data prediction p, with h and h' the widths in lambda of this step and the one before (algorithm 2):
+
+        x_t = sigma_t / sigma_s x - alpha_t (e^-h - 1) (p + h / (2 h') (p - p'))
+
+    The first step has no step before it, and the last of fewer than 15 is safer without: they are of first order.
+    grid: `steps` intervals uniform in "time" or in "log_snr", from t = 1 to t_min. Deterministic.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} sampling steps: DPM-Solver needs at least 1")
+    ends = torch.tensor([1, schedule.t_min], dtype=torch.float64)
+    first, last = (ends if grid == "time" else schedule.half_log_snr(ends)).tolist()
+    nodes = torch.linspace(first, last, steps + 1, dtype=torch.float64)
+    times = nodes if grid == "time" else schedule.time(nodes)
+    (alpha, sigma), h = schedule.alpha_sigma(times), schedule.half_log_snr(times).diff()
+    before = None
+    for i in progress_bar(range(steps), "DPM-Solver++(2M)", progress):
+        x0 = predicted_x0(denoise, schedule, x, times[i])
+        first_order = i == 0 or i == steps - 1 < 14
+        p = x0 if first_order else x0 + h[i] / (2 * h[i - 1]) * (x0 - before)
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h[i]) * p
+        before = x0
+    return x
+
+
 SAMPLERS = {
     "euler_maruyama": euler,
     "euler_ode": partial(euler, level=0.0),
     "dpm_solver": dpm_solver,
     "dpm_solver++": partial(dpm_solver, data=True, grid="time"),
+    "dpm_solver++2m": multistep,
     "ddpm": ancestral,
     "ddim": ddim,
 }
@@ -438,16 +468,17 @@ class ImageNoise:
 
 @torch.no_grad()
 def generate(model, schedule, shape, indices, y=None, null=None, *, sampler="dpm_solver", steps=50, w=1.0,
-             channels=None, clip=False, seed=0, device="cpu", progress=False):
+             channels=None, clip=False, seed=0, noise=None, device="cpu", progress=False):
     """Sample the images with these indices: (len(indices), *shape) float32 on `device`.
 
-    shape is (C, H, W); y, null, w and channels are guide's; clip limits the predicted x_0 to [-1, 1].
+    shape is (C, H, W); y, null, w and channels are guide's; clip limits the predicted x_0 to [-1, 1]; noise is a
+    function that returns noise like its argument, ImageNoise(seed, indices) where not given.
     Raises ValueError on an unknown sampler.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
     denoise = guide(model, schedule, y, null, w, channels)
-    noise = ImageNoise(seed, indices)
+    noise = noise or ImageNoise(seed, indices)
     denoise = clamp_x0(denoise, schedule) if clip else denoise
     x = noise(torch.empty(len(indices), *shape, device=device))
     return SAMPLERS[sampler](denoise, schedule, x, steps, randn=noise, progress=progress)

@@ -295,6 +295,6 @@ SIZES = {
     "xl": dict(width=1152, depth=28, heads=16),
 }
 MODELS = {
-    "dit_tiny": preset(patch_size=2, width=128, depth=5, heads=4),          # for 16x16 images on a laptop CPU
+    "dit_tiny": preset(patch_size=4, width=192, depth=4, heads=4),          # learns data "shapes" on a laptop CPU
     **{f"dit_{name}{p}": preset(patch_size=p, **size) for name, size in SIZES.items() for p in (2, 4, 8)},
 }

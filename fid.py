@@ -16,6 +16,7 @@ in one of two ways, which differ in the result: TensorFlow's (ADM, DiT, U-DiT; t
 Compare numbers only of the same resize, reference and number of images (50,000 in the papers).
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -314,10 +315,38 @@ def share_inside(points, cloud, k, block=2000):
 # Images in, statistics out
 
 
-def common_size(files):
-    """The side of square images, from their headers. Raises ValueError where they have no common one."""
+def open_input(name, args, here):
+    """A data set, folder or npz -> (its images or None, its statistics {mu, sigma[, mu_s, sigma_s]} or {})."""
+    if name in data.DATASETS or Path(name).is_dir():
+        own_size = name in data.DATASETS or (Path(name) / "encoding.json").exists()
+        with here.first():
+            images = data.load(name, args.data_dir, args.size or (None if own_size else common_size(name)))
+        if images.encoding:
+            raise ValueError(f"{name}: holds latents, no images; give the folder of images that they were made of")
+        return images, {}
+    if not zipfile.is_zipfile(name):
+        what = "not an npz (or a damaged one)," if Path(name).exists() else "no such file,"
+        raise ValueError(f"{name}: {what} folder, or data set ({', '.join(data.DATASETS)})")
+    try:
+        with np.load(name, allow_pickle=False) as npz:
+            held = {key: npz[key] for key in ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "made") if key in npz}
+            if "arr_0" not in held and not {"mu", "sigma"} <= held.keys():
+                raise ValueError(f"neither arr_0 (images) nor mu and sigma (statistics) is in it, but {', '.join(npz)}")
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    rows, statistics = held.pop("arr_0", None), held if "sigma" in held else {}
+    if rows is None:
+        return None, statistics
+    if rows.dtype != np.uint8 or rows.ndim != 4 or rows.shape[3] != 3:
+        hint = " (NCHW? transpose(0, 2, 3, 1))" if rows.shape[1:2] == (3,) else ""
+        raise ValueError(f"{name}: arr_0 is {rows.dtype} {rows.shape}{hint}; expected uint8, 0 to 255, (N, H, W, 3)")
+    return data.ImagesInMemory(torch.from_numpy(rows).permute(0, 3, 1, 2)), statistics
+
+
+def common_size(folder):
+    """The side of a folder's images, from their headers. Raises ValueError where they are not square, or of several sizes."""
     sizes = {}
-    for file in files:
+    for file in data.list_images(folder)[0]:
         with Image.open(file) as image:
             sizes.setdefault(image.size, file)
     if len(sizes) > 1 or image.width != image.height:
@@ -326,41 +355,15 @@ def common_size(files):
     return image.width
 
 
-def open_input(name, args, here):
-    """A data set, folder or npz -> (its images or None, its statistics {mu, sigma[, mu_s, sigma_s]} or {})."""
-    images, held = None, {}
-    if name in data.DATASETS or Path(name).is_dir():
-        size = args.size or (None if name in data.DATASETS else common_size(data.list_images(name)[0]))
-        with here.first():
-            images = data.load(name, args.data_dir, size)
-    elif not zipfile.is_zipfile(name):
-        what = "not an npz (or a damaged one)," if Path(name).exists() else "no such file,"
-        raise ValueError(f"{name}: {what} folder, or data set ({', '.join(data.DATASETS)})")
-    else:
-        try:
-            with np.load(name, allow_pickle=False) as npz:
-                held = {key: npz[key] for key in ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "made") if key in npz}
-                if "arr_0" not in held and not {"mu", "sigma"} <= held.keys():
-                    raise ValueError(f"holds neither arr_0 (images) nor mu and sigma (statistics), but {', '.join(npz)}")
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
-        rows = held.pop("arr_0", None)
-        if rows is not None and (rows.dtype != np.uint8 or rows.ndim != 4 or rows.shape[3] != 3):
-            hint = " (NCHW? transpose(0, 2, 3, 1))" if rows.shape[1:2] == (3,) else ""
-            raise ValueError(f"{name}: arr_0 is {rows.dtype} {rows.shape}{hint}; expected uint8, 0 to 255, (N, H, W, 3)")
-        images = None if rows is None else data.ImagesInMemory(torch.from_numpy(rows).permute(0, 3, 1, 2))
-    if images is not None and len(images) < 2:
-        raise ValueError(f"{name}: {len(images)} image(s); a covariance takes at least two, a good one 50000")
-    return images, held if "sigma" in held else {}
-
-
 def read_batches(images, name, args, here):
     """This process's batches of a data set, every world-th one: (index of the first, uint8 images)."""
     n, step = len(images), args.batch_size
+    if n < 2:
+        raise ValueError(f"{name}: {n} image(s); a covariance takes at least two, a good one 50000")
     firsts = range(here.rank * step, n, here.world * step)
-    loaded = images.batches([np.arange(first, min(first + step, n)) for first in firsts], "cpu", workers=4)
+    order = [np.stack([np.arange(i, min(i + step, n)), np.zeros(min(step, n - i), np.int64)], axis=1) for i in firsts]
     with tqdm(total=n, desc=name, unit="image", disable=here.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        for first, (batch, _) in zip(firsts, loaded):
+        for first, (batch, _) in zip(firsts, images.batches(order, "cpu", workers=4)):
             yield first, batch
             bar.update(min(step * here.world, n - first))
 
@@ -368,13 +371,14 @@ def read_batches(images, name, args, here):
 def sample_batches(args, here):
     """What sample.py would write, by its flags -> (batches as above, how they are made)."""
     source = sample.open_source(args, here.device)
-    settings, labels = source.settings, list(range(source.num_classes))
-    if args.labels:
-        labels = sample.parse_labels(args.labels, source)
-    batches = sample.sampled(source, labels, args.num, args.batch_size, here, args.amp == "bf16")
-    made = dict(source=str(source.path), size=source.shape[1], step=source.step, weights=source.weights, **settings,
-                labels=args.labels, amp=args.amp)
+    batches = sample.sampled(source, sample.parse_conditions(args, source), args.num, args.batch_size, here, args.amp == "bf16")
+    made = dict(source=str(source.path), size=pixels(source.image_shape), step=source.step, weights=source.weights,
+                **source.settings, labels=args.labels, prompt=args.prompt, amp=args.amp)
     return ((indices[0], images) for indices, images in batches), made
+
+
+def pixels(shape):
+    return f"{shape[-2]}x{shape[-1]}"
 
 
 def collect(network, batches, here, keep=()):
@@ -411,10 +415,10 @@ def collect_reference(network, images, args, here):
     """`collect`, or what it found before, from torch.hub's cache, by all that it depends on. Up to 10,000 of pool3."""
     held = images.images.contiguous().numpy() if isinstance(images, data.ImagesInMemory) else repr(
         [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in images.files]).encode()
-    made = dict(network.made, images=hashlib.sha256(held).hexdigest(), n=len(images), size=images.shape[1], pr=args.pr)
+    made = dict(network.made, images=hashlib.sha256(held).hexdigest(), n=len(images), size=pixels(images.shape), pr=args.pr)
     path = Path(torch.hub.get_dir()) / "fid" / f"{hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]}.npz"
-    if not here.highest(here.rank == 0 and not path.exists()):
-        with np.load(path) as npz:
+    if not here.highest(int(here.rank == 0 and not path.exists())):
+        with contextlib.nullcontext({}) if here.rank else np.load(path) as npz:
             return {**npz, "n": len(images)}
     numbers = collect(network, read_batches(images, args.ref, args, here), here, ["pool3"] * args.pr)
     if here.rank == 0:
@@ -450,7 +454,9 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if bool(args.samples) == bool(args.ckpt or args.weights):
         raise ValueError(f"give either {kinds}; or --ckpt or --weights, to sample from")
-    train.check_bounds({**vars(args), "image_size": args.size})
+    train.check_bounds(vars(args))
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size {args.size}: must be at least 1")
     if not args.samples:
         sample.check_flags(args)
         if (args.num or 0) < 2:
@@ -467,7 +473,7 @@ def main(argv=None):
     if args.samples:
         images, fake = open_input(args.samples, args, here)
         batches = None if images is None else read_batches(images, args.samples, args, here)
-        made = dict(source=args.samples, size=None if images is None else images.shape[1])
+        made = dict(source=args.samples, size=images and pixels(images.shape))
     else:
         (batches, made), fake = sample_batches(args, here), {}
     with_pr = args.pr and batches is not None and real_images is not None
@@ -502,7 +508,7 @@ def report(args, here, network, fake, made, real, real_images):
         vectors = [torch.from_numpy(side["pool3"]).to(here.device) for side in (real, fake)]
         numbers["precision"], numbers["recall"] = precision_recall(*vectors)
 
-    size = None if real_images is None else real_images.shape[1]
+    size = real_images and pixels(real_images.shape)
     how = dict(samples=dict(n=fake.get("n"), **made), reference=dict(n=real.get("n"), source=args.ref, size=size), network=network)
     how = {side: {key: value for key, value in facts.items() if value is not None} for side, facts in how.items()}
     warnings = [f"{how[side]['n']} {side}: under 2048 images the covariance has no full rank, and the distance is too large"
@@ -510,7 +516,7 @@ def report(args, here, network, fake, made, real, real_images):
     if network.get("network") == "Inception" and network["weights"] != RELEASED:
         warnings.append("these are not the released weights of Inception: no published FID compares with this")
     if size and made["size"] and size != made["size"]:
-        warnings.append(f"samples of {made['size']} pixels against a reference of {size}: --size scales files")
+        warnings.append(f"samples of {made['size']} pixels against a reference of {size}; --size can scale it")
     for warning in warnings:
         print(f"fid.py: warning: {warning}", file=sys.stderr)
     if args.json:

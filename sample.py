@@ -2,12 +2,15 @@
 
     python sample.py --ckpt runs/uvit_tiny-shapes/checkpoint.pt                           # a grid, samples.png
     torchrun --nproc_per_node=8 -- sample.py --ckpt runs/uvit_s2-cifar10/checkpoint.pt --num 50000 --out x.npz
-    python sample.py --model uvit_s2 --weights cifar10_uvit_small.pth --data cifar10 --out grid.png
+    python sample.py --model uvit_h2 --weights imagenet256_uvit_huge.pth --data imagenet256 --labels 207,otter
+    python sample.py --model uvit_s2 --weights mscoco_uvit_small.pth --data mscoco256 --prompt "a red bus" "two cats"
 
---out decides the form: a .png grid (a row for each label), an .npz (arr_0: uint8 (N, H, W, 3), arr_1: labels), or a
-folder of PNGs. Image i depends on the seed, i and its label, not on the batch size or the number of processes (up to
-rounding: for another batch, kernels add in another order). The lone "--" keeps a recent torchrun from taking --num for
-an abbreviation of its own --numa-binding.
+--out decides the form: a .png grid (a row for each label or prompt), an .npz (arr_0: uint8 (N, H, W, 3), arr_1:
+labels), or a folder of PNGs. --sweep draws a grid with a row for each guidance weight, --walk one that goes from one
+noise, or one class or prompt, to another. Latents are decoded by the autoencoder they were made with (diffusers), prompts encoded by CLIP
+(transformers). Image i depends on the seed, i and its condition, not on the batch size or the number of processes (up
+to rounding: for another batch, kernels add in another order). The lone "--" keeps a recent torchrun from taking --num
+for an abbreviation of its own --numa-binding.
 """
 import argparse
 import math
@@ -33,11 +36,14 @@ def add_flags(p):
     add("--weights", metavar="FILE", help="released weights: a state dict, bare or under 'ema', 'model', 'state_dict'")
     add("--model", metavar="NAME", help=f"with --weights: {', '.join(train.MODELS)}")
     add("--data", metavar="NAME", help="with --weights: what it was trained on")
-    add("--image-size", type=int, metavar="PIXELS", help="with --weights: 32 for cifar10, 16 for shapes, else 64")
+    add("--image-size", type=int, metavar="PIXELS", help="with --weights: of the images, if not the data's own")
     add("--raw", action="store_true", help="the weights themselves, not their moving average (EMA)")
+    add("--autoencoder", metavar="NAME", help="hub name or folder of the latents' autoencoder, if not the data's own")
+    add("--clip", metavar="NAME", help="hub name or folder of the prompts' text encoder, if not the data's own")
     add = p.add_argument_group("what to sample").add_argument
     add("--num", type=int, metavar="N", help="images (default 64, or 8 for each label of --labels or a grid)")
     add("--labels", metavar="L,L,..", help="classes by number or name, taken in turn (default: all; ten for a grid)")
+    add("--prompt", nargs="+", metavar="TEXT", help="texts, taken in turn; or a file with one on each line")
     add("--cfg", type=float, metavar="W",
         help="guidance weight of eps_u + W (eps_c - eps_u); 1 is none, U-ViT's s is W - 1")
     add("--cfg-channels", type=int, metavar="C", help="guide the first C channels only (DiT's release: 3)")
@@ -69,8 +75,14 @@ def parse(argv=None):
         epilog="Where no default is given, it is the run's own setting, or the paper's for --model and --data.")
     add = add_flags(p)
     add("--out", default="samples.png", metavar="FILE_OR_FOLDER", help=".png, .npz, or a folder (default samples.png)")
+    add("--sweep", type=float, nargs="+", metavar="W", help="a grid with a row for each of these guidance weights")
+    add("--walk", choices=["noise", "condition"],
+        help="a grid whose rows go from one noise to another (spherical), or from the first of two labels or prompts "
+             "to the second (linear)")
     args = p.parse_args(argv)
     check_flags(args)
+    if (args.sweep or args.walk) and (bool(args.sweep) == bool(args.walk) or Path(args.out).suffix.lower() != ".png"):
+        raise ValueError("--sweep and --walk each draw a grid: give one of them, and an --out that ends in .png")
     return args
 
 
@@ -124,77 +136,182 @@ def load_weights(model, state, path):
 
 
 def open_source(args, device):
-    """--ckpt or --weights -> a namespace of model, schedule, shape, num_classes, null label, and how to sample."""
+    """--ckpt or --weights -> a namespace of the model, what it draws and on which conditions, and how to sample."""
     if args.ckpt:
         state = train.read_checkpoint(args.ckpt)
-        config, arguments, step = state["config"], state["model_args"], state["step"]
+        config, arguments, step, shape = state["config"], state["model_args"], state["step"], tuple(state["shape"])
         key = "model" if args.raw else "ema"
-        weights, names, shape = state[key], state["class_names"], tuple(state["shape"])
+        weights, names, null, encoding = state[key], state["class_names"], state["null"], state["encoding"]
         name, path = config["model"], args.ckpt
     else:
-        if args.data not in data.DATASETS and not Path(args.data).is_dir():
-            raise ValueError(f"--data {args.data}: no recipe of that name; {', '.join(data.DATASETS)}, or a folder")
-        config = train.recipe(args.model, args.data if args.data in data.DATASETS else "folder")
-        name, path, step, names = args.model, args.weights, None, []
+        kind = data.kind(args.data)
+        config = train.recipe(args.model, kind)
+        name, path, step, names, null, encoding = args.model, args.weights, None, [], None, data.ENCODINGS.get(kind)
         weights, key = read_weights(path, args.raw)
-        rows = [len(w) for key, w in weights.items() if key.endswith(("label_emb.weight", "embedding_table.weight"))]
-        stem = [w for key, w in weights.items() if key in ("patch_embed.proj.weight", "x_embedder.proj.weight")]
-        null_row = config["label_dropout"] > 0      # whoever dropped labels has a row for the null label
-        size = args.image_size or data.IMAGE_SIZE.get(args.data, 64)
-        shape = (stem[0].shape[1] if stem else 3, size, size)
-        arguments = dict(image_size=size, in_channels=shape[0], num_classes=rows[0] - null_row if rows else 0,
-                         null_class=null_row)
+        arguments, shape = released_arguments(weights, config, args.image_size or data.IMAGE_SIZE[kind], encoding)
     model = train.build(name, arguments)
     load_weights(model, weights, path)
+    model = model.to(device).eval()
+    if encoding:
+        encoding = {**encoding, **{k: v for k in ("autoencoder", "clip") if (v := getattr(args, k))}}
     classes = arguments["num_classes"]
+    if classes == 1000 and (not names or names[0] == "n01440764"):      # ImageNet: by name, not by number in WordNet
+        names = data.imagenet_names()
+    if classes and arguments["null_class"]:
+        null = torch.tensor(classes, device=device)
 
     def setting(given, key):
         return config[key] if given is None else given
 
     return SimpleNamespace(
-        model=model.to(device).eval(), schedule=diffusion.SCHEDULES[config["schedule"]](), shape=shape,
-        num_classes=classes, class_names=names, null=classes if classes and arguments["null_class"] else None,
-        path=path, step=step, weights={"ema": "EMA", "model": "raw"}.get(key, "as they are"),
+        model=model, schedule=diffusion.SCHEDULES[config["schedule"]](), shape=shape, device=device, encoding=encoding,
+        image_shape=(3, encoding["image_size"], encoding["image_size"]) if encoding else shape,
+        decode=data.decoder(encoding, device), num_classes=classes, text="text_dim" in arguments, null=null,
+        class_names=names, path=path, step=step, weights={"ema": "EMA", "model": "raw"}.get(key, "as they are"),
         settings=dict(sampler=setting(args.sampler, "sampler"), steps=setting(args.steps, "sample_steps"),
                       w=setting(args.cfg, "cfg"), channels=args.cfg_channels, clip=setting(args.clip_x0, "clip_x0"),
                       seed=args.seed))
 
 
+def released_arguments(weights, config, image_size, encoding):
+    """What a file of weights alone tells of its model: the constructor's arguments, and the shape of its images."""
+    size = image_size // 8 if encoding else image_size          # the autoencoders' latents: 8 times smaller
+    null_row = config["label_dropout"] > 0                      # whoever dropped labels has a row for the null label
+    rows = [len(w) for key, w in weights.items() if key.endswith(("label_emb.weight", "embedding_table.weight"))]
+    stems = [w for key, w in weights.items()
+             if key in ("patch_embed.proj.weight", "x_embedder.proj.weight", "stem.weight")]
+    channels, patch = (stems[0].shape[1], stems[0].shape[-1]) if stems else (3, 1)
+    arguments = dict(image_size=size, in_channels=channels, num_classes=rows[0] - null_row if rows else 0,
+                     null_class=null_row)
+    if "context_embed.weight" in weights:                       # U-ViT's tokens: time, text, patches
+        tokens = weights["pos_embed"].shape[1] - 1 - (size // patch) ** 2
+        arguments.update(text_dim=weights["context_embed.weight"].shape[1], text_tokens=tokens)
+    return arguments, (channels, size, size)
+
+
 def parse_labels(text, source):
     """ "3,horse" -> [3, 7]. Raises ValueError on a class that the model does not have."""
     if not source.num_classes:
-        raise ValueError(f"--labels: {source.path} is an unconditional model")
-    labels = []
+        raise ValueError(f"--labels: {source.path} is a model without classes")
+    names, labels = list(source.class_names), []
     for item in text.split(","):
         item = item.strip()
-        label = source.class_names.index(item) if item in source.class_names else int(item) if item.isdigit() else -1
+        label = names.index(item) if item in names else int(item) if item.isdigit() else -1
         if not 0 <= label < source.num_classes:
-            named = f", or {', '.join(source.class_names[:10])}" if source.class_names else ""
+            named = f", or {', '.join(names[:10])}{', ..' if len(names) > 10 else ''}" if names else ""
             raise ValueError(f"--labels {item}: the model has classes 0 to {source.num_classes - 1}{named}")
         labels.append(label)
     return labels
+
+
+def parse_conditions(args, source):
+    """--labels or --prompt -> the conditions that images take in turn: labels (k,), text features (k, T, F), or None.
+
+    Encodes the empty text as source.null where the checkpoint brought none. Raises ValueError where the model does not
+    take what is asked, or guidance is asked of one without a null label.
+    """
+    y = None
+    if source.text:
+        if not args.prompt:
+            raise ValueError(f"{source.path} draws what a text says: give --prompt")
+        if not (source.encoding or {}).get("clip"):
+            raise ValueError(f"{source.path}: its text encoder is not known; name it with --clip")
+        file = Path(args.prompt[0])
+        prompts = file.read_text().splitlines() if len(args.prompt) == 1 and file.is_file() else args.prompt
+        encode = data.TextEncoder(source.encoding["clip"], source.device)
+        y = encode(prompts)
+        if source.null is None:
+            source.null = encode([""])[0]
+    elif args.prompt:
+        raise ValueError(f"--prompt: {source.path} takes no text")
+    if args.labels or source.num_classes:
+        labels = parse_labels(args.labels, source) if args.labels else range(source.num_classes)
+        y = torch.tensor(list(labels), device=source.device)
+    if source.settings["w"] != 1 and (y is None or source.null is None):
+        raise ValueError(f"--cfg {source.settings['w']:g}: {source.path} has no null label to guide with; leave it at 1")
+    return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images out
 
 
-def sampled(source, labels, num, batch_size, here, amp=False):
-    """Yield (indices, uint8 images (n, C, H, W)) until all `num` are made; each process makes its share of the batches.
+def sampled(source, conditions, num, batch_size, here, amp=False, noise=None, **settings):
+    """Yield (indices, uint8 images (n, 3, H, W)) until all `num` are made; each process makes its share of the batches.
 
-    Image i has label labels[i % len(labels)], where there are labels. amp runs the network in bfloat16.
+    Image i has conditions[i % len(conditions)], where there are any. amp runs the network in bfloat16. noise is a
+    function of indices that returns generate's noise; settings override the source's.
     """
-    name = f"{source.settings['sampler']}, {source.settings['steps']} steps"
+    settings = {**source.settings, **settings}
+    name = f"{settings['sampler']}, {settings['steps']} steps"
     batches = [range(first, min(first + batch_size, num)) for first in range(0, num, batch_size)]
     with tqdm(total=num, desc=name, unit="image", disable=here.rank > 0) as bar:
         for number, indices in enumerate(batches):
             if number % here.world == here.rank:
-                y = torch.tensor([labels[i % len(labels)] for i in indices], device=here.device) if labels else None
+                y = None if conditions is None else conditions[torch.tensor(indices) % len(conditions)]
                 with torch.autocast(here.device.type, torch.bfloat16, enabled=amp):
-                    images = diffusion.generate(source.model, source.schedule, source.shape, indices, y, source.null,
-                                                **source.settings, device=here.device, progress=here.rank == 0)
-                yield indices, data.to_uint8(images).cpu()
+                    images = diffusion.generate(
+                        source.model, source.schedule, source.shape, indices, y, source.null, **settings,
+                        noise=noise and noise(indices), device=here.device, progress=here.rank == 0)
+                yield indices, source.decode(images).cpu()
             bar.update(len(indices))
+
+
+class Walk:
+    """Noise for pictures on the way from image a to image b: each draw lies between theirs, on a sphere's great circle.
+
+    Normal noise lies near a sphere: a straight line between two such points would leave it (Shoemake's slerp).
+    """
+
+    def __init__(self, seed, a, b, fractions):
+        self.ends, self.fractions = [diffusion.ImageNoise(seed, [image]) for image in (a, b)], fractions
+
+    def __call__(self, x):
+        a, b = (end(x[:1]).double() for end in self.ends)                   # (1, C, H, W)
+        f = torch.as_tensor(self.fractions).to(a).view(-1, 1, 1, 1)
+        angle = torch.arccos(((a * b).sum() / a.norm() / b.norm()).clamp(-1, 1))
+        if angle < 1e-6:
+            return a.expand_as(x).to(x)
+        return ((((1 - f) * angle).sin() * a + (f * angle).sin() * b) / angle.sin()).to(x)
+
+
+def conditions_between(model, y, fractions):
+    """Conditions (k, ..) on the straight line between the two in y: texts' features, or new labels.
+
+    A new label is a new row of the model's tables of labels, between the rows of the two.
+    """
+    f = torch.as_tensor(fractions, dtype=torch.float32, device=y.device)
+    if y.is_floating_point():
+        return torch.lerp(y[:1], y[1:], f[:, None, None])
+    for table in [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]:
+        known, (a, b) = len(table.weight), table.weight.data[y]
+        rows = torch.cat([table.weight.data, torch.lerp(a, b, f[:, None])])
+        table.weight = torch.nn.Parameter(rows, requires_grad=False)
+    return known + torch.arange(len(f), device=y.device)
+
+
+def plan(args, source, y, form):
+    """What to draw: (number of images in a job, rows of the grid, jobs), a job being arguments of `sampled`."""
+    if args.sweep:
+        columns = args.num or 8
+        return columns, len(args.sweep), [dict(conditions=y, w=w) for w in args.sweep]
+    if args.walk:
+        columns = args.num or 8
+        at = np.linspace(0, 1, columns)
+
+        def walk(a, b, fractions):
+            return lambda indices: Walk(args.seed, a, b, [fractions[i] for i in indices])
+
+        if args.walk == "noise":
+            ways = [None] if y is None else y.split(1)
+            return columns, len(ways), [dict(conditions=one, noise=walk(0, 1, at)) for one in ways]
+        if y is None or len(y) != 2:
+            raise ValueError("--walk condition goes from one to another: give two --labels or two texts to --prompt")
+        between = conditions_between(source.model, y, at)
+        return columns, 4, [dict(conditions=between, noise=walk(row, row, at)) for row in range(4)]
+    given = args.labels or args.prompt
+    rows = 0 if y is None else len(y)
+    return args.num or (8 * rows if rows and (given or form == ".png") else 64), rows, [dict(conditions=y)]
 
 
 def main(argv=None):
@@ -205,19 +322,16 @@ def main(argv=None):
     form = out.suffix.lower() or "folder"
     if form not in (".png", ".npz", "folder"):
         raise ValueError(f"--out {out}: give a name that ends in .png or .npz, or a folder's without a dot")
-    settings = source.settings
-    if settings["w"] != 1 and source.null is None:
-        raise ValueError(f"--cfg {settings['w']}: {source.path} has no null label to guide with; leave it at 1")
-    labels = list(range(source.num_classes))
-    if args.labels:
-        labels = parse_labels(args.labels, source)
-    elif form == ".png" and len(labels) > 10:
-        labels = labels[::math.ceil(len(labels) / 10)]
-    num = args.num or (8 * len(labels) if labels and (args.labels or form == ".png") else 64)
     if form == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder; images would be mixed up")
     if form == ".npz" and out.exists():
         raise ValueError(f"--out {out}: exists already; remove it or give another name")
+    if args.sweep:
+        source.settings["w"] = max(args.sweep, key=lambda w: w != 1)        # checked with the conditions
+    y = parse_conditions(args, source)
+    if y is not None and form == ".png" and len(y) > 10 and not (args.labels or args.prompt):
+        y = y[::math.ceil(len(y) / 10)]
+    num, rows, jobs = plan(args, source, y, form)
     out.parent.mkdir(parents=True, exist_ok=True)
 
     # Every process writes its rows into one file on disk, which the first one then puts into form.
@@ -225,30 +339,33 @@ def main(argv=None):
     if form == "folder":
         out.mkdir(exist_ok=True)
     elif here.rank == 0:
-        np.lib.format.open_memmap(part, "w+", np.uint8, (num, *source.shape))
+        np.lib.format.open_memmap(part, "w+", np.uint8, (num * len(jobs), *source.image_shape))
     here.highest()      # wait for one another
     try:
-        for indices, images in sampled(source, labels, num, args.batch_size, here, args.amp == "bf16"):
-            if form == "folder":
-                for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
-                    Image.fromarray(image).save(out / f"{i:06d}.png")
-            else:
-                rows = np.load(part, mmap_mode="r+")
-                rows[indices.start:indices.stop] = images.numpy()
-                rows.flush()
+        for number, job in enumerate(jobs):
+            for indices, images in sampled(source, **job, num=num, batch_size=args.batch_size, here=here,
+                                           amp=args.amp == "bf16"):
+                if form == "folder":
+                    for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
+                        Image.fromarray(image).save(out / f"{i:06d}.png")
+                else:
+                    part_rows = np.load(part, mmap_mode="r+")
+                    part_rows[np.array(indices) * len(jobs) + number] = images.numpy()
+                    part_rows.flush()
         here.highest()
         if here.rank == 0 and form == ".npz":
-            y = dict(arr_1=np.array([labels[i % len(labels)] for i in range(num)])) if labels else {}
-            np.savez(out, arr_0=np.load(part, mmap_mode="r").transpose(0, 2, 3, 1), **y)
+            labels = dict(arr_1=y.cpu().numpy()[np.arange(num) % len(y)]) if source.num_classes else {}
+            np.savez(out, arr_0=np.load(part, mmap_mode="r").transpose(0, 2, 3, 1), **labels)
         elif here.rank == 0 and form == ".png":
-            data.save_grid(torch.from_numpy(np.load(part)), out, len(labels))
+            data.save_grid(torch.from_numpy(np.load(part)), out, rows)
     finally:
         if here.rank == 0:
             part.unlink(missing_ok=True)
     if here.rank == 0:
-        step = "" if source.step is None else f", step {source.step}"
-        print(f"{out}: {num} images from {source.path} (weights {source.weights}{step}), {settings['sampler']} "
-              f"{settings['steps']} steps, w {settings['w']:g}, seed {settings['seed']}")
+        settings, step = source.settings, "" if source.step is None else f", step {source.step}"
+        w = ", ".join(f"{w:g}" for w in args.sweep or [settings["w"]])
+        print(f"{out}: {num * len(jobs)} images from {source.path} (weights {source.weights}{step}), "
+              f"{settings['sampler']} {settings['steps']} steps, w {w}, seed {settings['seed']}")
     here.close()
 
 

@@ -39,32 +39,59 @@ import data
 import diffusion
 import dit
 import udit
+import unet
 import uvit
 
-MODELS = {**uvit.MODELS, **dit.MODELS, **udit.MODELS}
-NETWORKS = {"uvit": uvit.UViT, "dit": dit.DiT, "udit": udit.UDiT}
+MODELS = {**uvit.MODELS, **dit.MODELS, **udit.MODELS, **unet.MODELS}
+NETWORKS = {"uvit": uvit.UViT, "dit": dit.DiT, "udit": udit.UDiT, "unet": unet.UNet}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The recipes. A row for each model family and data set; "folder" serves every path given to --data.
+# The recipes: a row for each model family and data set, and what single models have otherwise. "folder" serves every
+# folder of images, and named data that a family has no row for. An encoded folder has the row of what it looks like:
+# imagenet256 (labels), imagenet512 (labels, larger than 32 x 32), mscoco256 (captions).
 
-UVIT = dict(batch_size=128, steps=500_000, warmup=2500, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.999), schedule="vp")
+# U-ViT, arXiv:2209.12152, appendix B and the released code
+UVIT = dict(batch_size=128, steps=500_000, warmup=5000, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.99), schedule="vp",
+            label_dropout=0.0)
+LARGE = dict(UVIT, batch_size=1024, class_cond=True, sampler="dpm_solver", sample_steps=50)
+LATENT = dict(LARGE, schedule="sd", label_dropout=0.1, sampler="dpm_solver++")
+# DiT, arXiv:2212.09748, section 4, and U-DiT, arXiv:2405.02730, section 5
 DIT = dict(batch_size=256, steps=400_000, warmup=0, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), schedule="ddpm",
            class_cond=None, label_dropout=0.1, sampler="ddpm", sample_steps=250)
+# Ours, for minutes on two CPU cores
+SHAPES = dict(batch_size=64, steps=5000, warmup=100, lr=4e-3, weight_decay=0.03, betas=(0.9, 0.99), class_cond=True,
+              label_dropout=0.1, sampler="ddpm", sample_steps=100, clip_x0=True, log_every=50, sample_every=500,
+              save_every=500)
 RECIPES = {
-    # U-ViT, arXiv:2209.12152, appendix B and the released code
-    ("uvit", "cifar10"): dict(UVIT, class_cond=False, label_dropout=0.0, sampler="euler_maruyama", sample_steps=1000),
-    # The same on your images, with labels where there are class folders, and a faster sampler
-    ("uvit", "folder"): dict(UVIT, class_cond=None, label_dropout=0.1, sampler="dpm_solver", sample_steps=50),
-    # DiT, arXiv:2212.09748, section 4, and U-DiT, arXiv:2405.02730, section 5
+    ("uvit", "cifar10"): dict(UVIT, warmup=2500, betas=(0.99, 0.999), class_cond=False, sampler="euler_maruyama",
+                              sample_steps=1000),
+    ("uvit", "celeba64"): dict(UVIT, class_cond=False, sampler="euler_maruyama", sample_steps=1000),
+    ("uvit", "imagenet64"): dict(LARGE, steps=300_000, lr=3e-4),
+    ("uvit", "imagenet256"): dict(LATENT, cfg=1.4),
+    ("uvit_l2", "imagenet256"): dict(steps=300_000, schedule="vp", label_dropout=0.15, sampler="dpm_solver"),
+    ("uvit", "imagenet512"): dict(LATENT, cfg=1.7),
+    ("uvit_l4", "imagenet512"): dict(schedule="vp", label_dropout=0.15, sampler="dpm_solver"),
+    ("uvit", "mscoco256"): dict(LATENT, batch_size=256, steps=1_000_000, betas=(0.9, 0.9), class_cond=False, cfg=2.0),
+    ("uvit", "folder"): dict(UVIT, warmup=2500, betas=(0.99, 0.999), class_cond=None, label_dropout=0.1,
+                             sampler="dpm_solver", sample_steps=50),
+    ("uvit", "shapes"): dict(SHAPES, schedule="vp"),
+    ("dit", "imagenet256"): dict(DIT, class_cond=True, cfg=1.5),
+    ("dit", "imagenet512"): dict(DIT, class_cond=True, cfg=1.5),
     ("dit", "folder"): DIT,
+    ("dit", "shapes"): dict(SHAPES, steps=4000, lr=3e-3, weight_decay=0.0, schedule="ddpm"),
+    ("udit", "imagenet256"): dict(DIT, class_cond=True, cfg=1.5),
+    ("udit", "imagenet512"): dict(DIT, class_cond=True, cfg=1.5),
     ("udit", "folder"): DIT,
-    # Ours, for minutes on two CPU cores
-    ("uvit", "shapes"): dict(
-        UVIT, batch_size=64, steps=5000, warmup=100, lr=4e-3, betas=(0.9, 0.99), class_cond=True, label_dropout=0.1,
-        sampler="ddpm", sample_steps=100, clip_x0=True, log_every=50, sample_every=500, save_every=500),
+    ("udit", "shapes"): dict(SHAPES, batch_size=32, steps=2000, lr=3e-3, weight_decay=0.0, schedule="ddpm"),
+    # U-Net: IDDPM's, arXiv:2102.09672, but for its betas and dropout; ADM's, arXiv:2105.05233, which DiT took over
+    ("unet", "cifar10"): dict(DIT, batch_size=128, steps=500_000, class_cond=False, label_dropout=0.0,
+                              sample_steps=1000),
+    ("unet", "folder"): DIT,
+    ("unet", "shapes"): dict(SHAPES, steps=2000, schedule="vp"),            # after 1588, 100 of 100 samples were right
 }
-COMMON = dict(accumulate=1, ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, log_every=100, sample_every=10_000,
+COMMON = dict(accumulate=None, ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, log_every=100, sample_every=10_000,
               save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=False)
+PASS = 128      # images in a backward pass, at most, where --accumulate does not say otherwise
 
 
 def family(model):
@@ -77,7 +104,7 @@ def family(model):
 def recipe(model, dataset):
     """Training and sampling values for a model and data set, {flag: value}. Raises ValueError on an unknown model."""
     kind = family(model)
-    return {**COMMON, **RECIPES.get((kind, dataset), RECIPES[kind, "folder"])}
+    return {**COMMON, **RECIPES.get((kind, dataset), RECIPES[kind, "folder"]), **RECIPES.get((model, dataset), {})}
 
 
 def check_bounds(values):
@@ -101,9 +128,11 @@ def parse(argv=None):
     add = p.add_argument_group("what is trained on what").add_argument
     add("--model", required=True, metavar="NAME", help=", ".join(MODELS))
     add("--data", required=True, metavar="NAME_OR_FOLDER",
-        help=f"{', '.join(data.DATASETS)}, or a folder of images: flat, or one folder for each class")
+        help=f"{', '.join(data.DATASETS)}, or a folder: of images (flat, or one folder for each class), or encoded by "
+             "data.py encode")
     add("--data-dir", metavar="DIR", help="where a named data set lies (default data/)")
-    add("--image-size", type=int, metavar="PIXELS", help="32 for cifar10, 16 for shapes, 64 for a folder")
+    add("--image-size", type=int, metavar="PIXELS",
+        help="for a folder of images (default 64), or shapes (default 16); the others have their own")
     add("--class-cond", action=yes_no, help="train on the labels (default: the recipe's, or wherever there are any)")
     add("--model-args", nargs="*", default=[], metavar="KEY=VALUE",
         help="arguments of the model's constructor, e.g. width=256 depth=8 skip=none")
@@ -112,7 +141,7 @@ def parse(argv=None):
     add("--steps", type=int, help="training steps in all")
     add("--batch-size", type=int, metavar="N", help="images in a step, over all processes")
     add("--accumulate", type=int, metavar="N",
-        help="split each process's share into N backward passes, to save memory (default 1)")
+        help=f"split each process's share into N backward passes, to save memory (default: passes of {PASS} at most)")
     add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
     add("--warmup", type=int, metavar="STEPS", help="steps over which the learning rate rises linearly")
     add("--weight-decay", type=float)
@@ -120,7 +149,8 @@ def parse(argv=None):
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm (default 0: no limit, as in the papers)")
     add("--ema", type=float, metavar="DECAY",
         help="of the averaged weights, reached by min(DECAY, (1 + step) / (10 + step)) (default 0.9999)")
-    add("--label-dropout", type=float, metavar="P", help="share of labels replaced by the null label, for guidance")
+    add("--label-dropout", type=float, metavar="P",
+        help="share of labels (captions) replaced by the null label (the empty text), for guidance")
     add = p.add_argument_group("machine").add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--amp", choices=["bf16", "fp16", "off"],
@@ -143,8 +173,7 @@ def parse(argv=None):
 
     if given["data"] not in data.DATASETS:
         given["data"] = str(Path(given["data"]))        # "photos/" and "photos" are one
-    named = given["data"] if given["data"] in data.DATASETS else "folder"
-    config = {**given, **recipe(given["model"], named), **{k: v for k, v in given.items() if v is not None}}
+    config = {**given, **recipe(given["model"], data.kind(given["data"])), **{k: v for k, v in given.items() if v is not None}}
     check_bounds(config)
     config["device"] = config["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     config["amp"] = config["amp"] or ("bf16" if config["device"] == "cuda" else "off")
@@ -154,15 +183,17 @@ def parse(argv=None):
 
 
 def model_arguments(config, dataset):
-    """Arguments of the model's constructor: the data's shape and classes, then --model-args."""
+    """Arguments of the model's constructor: the data's shape, and its classes or text; then --model-args."""
     classes = dataset.num_classes if config.class_cond else 0
     arguments = dict(image_size=dataset.shape[1], in_channels=dataset.shape[0], num_classes=classes,
                      null_class=config.label_dropout > 0)
+    if dataset.text:
+        arguments.update(text_tokens=dataset.text[0], text_dim=dataset.text[1])
     for item in config.model_args:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--model-args {item}: expected KEY=VALUE")
-        if key in ("num_classes", "null_class", "checkpoint"):
+        if key in ("num_classes", "null_class", "text_tokens", "text_dim", "checkpoint"):
             raise ValueError(f"--model-args {item}: {key} follows from the data, --class-cond, --label-dropout and "
                              "--grad-checkpoint")
         try:
@@ -175,6 +206,8 @@ def model_arguments(config, dataset):
 def build(name, arguments):
     """A model of MODELS. Raises ValueError on an unknown name or argument, or values that do not fit together."""
     known = inspect.signature(NETWORKS[family(name)]).parameters
+    if "text_dim" in arguments and "text_dim" not in known:
+        raise ValueError(f"{name} takes no text, but the data has captions; choose a uvit or a unet")
     try:
         return MODELS[name](**arguments)
     except (TypeError, ZeroDivisionError, RuntimeError) as error:
@@ -355,18 +388,20 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def draw_grid(model, schedule, config, dataset, null, device, path):
-    """A grid of samples at fixed noise: one row for each class (ten at most), or 8 x 8 without labels."""
+def draw_grid(model, schedule, config, dataset, null, autocast, decode, device, path):
+    """A grid of samples at fixed noise: one row for each class (ten at most) or caption (eight), else 8 x 8."""
     classes = dataset.num_classes if config.class_cond else 0
-    rows = min(classes, 10)
+    rows = 8 if dataset.text else min(classes, 10)
+    conditions = dataset.examples(rows) if dataset.text else torch.arange(rows) * classes // max(rows, 1)
     indices = range(8 * (rows or 8))
-    y = torch.tensor([i % rows * classes // rows for i in indices], device=device) if classes else None
+    y = conditions.to(device)[torch.arange(len(indices)) % rows] if rows else None
     # A grid should cost seconds: DPM-Solver in 50 evaluations where the run's own sampler takes more than 100.
     sampler, steps = (config.sampler, config.sample_steps) if config.sample_steps <= 100 else ("dpm_solver", 50)
-    images = diffusion.generate(model, schedule, dataset.shape, indices, y, null, sampler=sampler, steps=steps,
-                                w=config.cfg, clip=config.clip_x0, seed=config.seed, device=device)
+    with autocast:
+        images = diffusion.generate(model, schedule, dataset.shape, indices, y, null, sampler=sampler, steps=steps,
+                                    w=config.cfg, clip=config.clip_x0, seed=config.seed, device=device)
     path.parent.mkdir(exist_ok=True)
-    data.save_grid(data.to_uint8(images), path, rows)
+    data.save_grid(decode(images), path, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,6 +412,8 @@ def main(argv=None):
     here = Processes(config.device)
     device, lead = here.device, here.rank == 0
     share = config.batch_size // here.world     # images of each step on this process
+    if config.accumulate is None:
+        config.accumulate = next(k for k in range(1, share + 2) if share % k == 0 and share // k <= PASS)
     micro = share // config.accumulate          # .. and in one backward pass
     if micro * config.accumulate * here.world != config.batch_size:
         raise ValueError(f"--batch-size {config.batch_size} does not divide by {here.world} processes x "
@@ -389,9 +426,13 @@ def main(argv=None):
         config.class_cond = dataset.num_classes > 0
     if config.class_cond and not dataset.num_classes:
         raise ValueError(f"--class-cond: {config.data} has no labels (a folder for each class would give them)")
-    config.label_dropout = config.label_dropout if config.class_cond else 0.0
+    conditional = config.class_cond or dataset.text is not None
+    config.label_dropout = config.label_dropout if conditional else 0.0
     arguments = model_arguments(config, dataset)
-    null = arguments["num_classes"] if config.label_dropout else None
+    null = None             # what stands for no condition: the null label, or the empty text's features
+    if config.label_dropout:
+        null = torch.tensor(arguments["num_classes"]) if config.class_cond else dataset.null
+        null = null.to(device)
     if config.cfg != 1 and null is None:
         raise ValueError(f"--cfg {config.cfg}: guidance needs labels, and a null label trained by --label-dropout 0.1")
     schedule = diffusion.SCHEDULES[config.schedule]()
@@ -431,6 +472,12 @@ def main(argv=None):
               f"{here.world} x {device}; " + (f"continues after step {start}" if start else f"a new run in {out}"),
               flush=True)
 
+    decode = None
+    if lead and config.sample_every:
+        try:
+            decode = data.decoder(dataset.encoding, device)
+        except (ValueError, OSError) as error:      # latents train without the autoencoder
+            print(f"no grids of samples: {error}", file=sys.stderr)
     if config.compile:
         model.compile()
     network = model
@@ -465,7 +512,9 @@ def main(argv=None):
         for i, (t, noise, dropped, *augment) in enumerate(zip(*(draw[rows].split(micro) for draw in draws))):
             images, y = next(batches)
             x0 = dataset.prepare(images, *augment)
-            y = torch.where(dropped, null or 0, y) if config.class_cond else None
+            y = y if conditional else None
+            if null is not None:
+                y = torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)
             last = i == config.accumulate - 1
             with contextlib.nullcontext() if last or not here.distributed else network.no_sync():
                 with autocast:
@@ -513,10 +562,11 @@ def main(argv=None):
             write_checkpoint(dict(
                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                 scaler=scaler.state_dict(), step=step, skipped=skipped, config=vars(config), model_args=arguments,
-                shape=list(dataset.shape), class_names=list(dataset.class_names)), out / "checkpoint.pt")
-        if samples and lead:
-            with autocast:
-                draw_grid(ema, schedule, config, dataset, null, device, out / "samples" / f"{step:07d}.png")
+                shape=list(dataset.shape), class_names=list(dataset.class_names), encoding=dataset.encoding,
+                null=null), out / "checkpoint.pt")
+        if samples and decode:
+            path = out / "samples" / f"{step:07d}.png"
+            draw_grid(ema, schedule, config, dataset, null, autocast, decode, device, path)
         if logged_step == step:
             clock = time.perf_counter()     # the time of saving and sampling is not the training's
 

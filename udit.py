@@ -313,7 +313,7 @@ def preset(**size):
 # The paper's sizes, with the released code's settings: name -> function(**overrides) -> UDiT.
 VANILLA = dict(cosine=False, rotary=False, ffn_conv=False, reparam=False)   # MODELS["udit_s"](**VANILLA): no tricks
 MODELS = {
-    "udit_tiny": preset(width=32, depths=(1, 1, 1, 1, 1), heads=4),         # 16x16 images on a laptop CPU
+    "udit_tiny": preset(width=32, depths=(1, 1, 1, 1, 1), heads=4),         # learns data "shapes" on a laptop CPU
     "udit_s": preset(width=96, heads=4),
     "udit_b": preset(width=192, heads=8),
     "udit_l": preset(width=384, heads=16),
