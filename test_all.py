@@ -2473,16 +2473,16 @@ def test_fid_of_every_kind_of_input(gallery, capsys):
 
 def test_fid_with_inception(gallery, inception, capsys, monkeypatch):
     """Of Inception there are six numbers, FID of 2048 features and sFID of 2023; it is said if its weights are not the released
-    ones, that 12 images are few, and how all was made."""
-    np.savez("few.npz", arr_0=gallery[0][:12])
+    ones, that 5 images are few, and how all was made."""
+    np.savez("few.npz", arr_0=gallery[0][:5])
     monkeypatch.setattr(fid, "frechet_distance", lambda *given: sum(len(part) for part in given))      # ten seconds less
     fid.main(["few.npz", "--ref", "few.npz", "--inception", str(inception[2]), "--resize", "pytorch", "--device", "cpu"])
     shown = capsys.readouterr()
     numbers = {name: float(x) for name, x in re.findall(r"^(FID|sFID|IS deviation|IS|precision|recall) +(\d+\.\d+)$", shown.out, re.M)}
     assert len(numbers) == 6 and (numbers["FID"], numbers["sFID"]) == (4 * 2048, 4 * 2023)
     assert numbers["precision"] == numbers["recall"] == 1 and numbers["IS"] >= 1
-    assert "source few.npz, size 16x16, n 12" in shown.out and "resize pytorch" in shown.out
-    assert "12 samples: under 2048 images" in shown.err and "not the released weights" in shown.err
+    assert "source few.npz, size 16x16, n 5" in shown.out and "resize pytorch" in shown.out
+    assert "5 samples: under 2048 images" in shown.err and "not the released weights" in shown.err
 
 
 def test_fid_of_a_checkpoint_is_that_of_its_samples(run, gallery, capsys):
@@ -2616,6 +2616,16 @@ def test_mixed_sizes_are_scaled_where_asked(gallery, capsys):
     Image.new("RGB", (40, 24), (200, 30, 30)).save("noisy/wide.png")
     assert "040" not in str(command("fid.py", "noisy", "--ref", "clean.npz", "--features", "eye.pt", "--device", "cpu"))
     assert measured(capsys, "noisy", "--ref", "clean.npz", "--size", 16)["samples"] == dict(n=61, source="noisy", size="16x16")
+
+
+def test_large_folders_are_measured_through_workers(gallery, capsys, monkeypatch):
+    """A folder too large for memory is read by workers, to the same numbers, be it the samples' or the reference's."""
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    for i, (samples, ref) in enumerate([("noisy", "clean.npz"), ("noisy.npz", "clean.npz"), ("clean.npz", "noisy"), ("clean.npz", "noisy.npz")]):
+        out = measured(capsys, samples, "--ref", ref, "--batch-size", 25)
+        numbers = [out["Frechet distance on eye.pt"], *sorted([out["precision"], out["recall"]])]
+        known = numbers if i == 0 else known
+        assert numbers == pytest.approx(known, rel=1e-6)
 
 
 @slow
