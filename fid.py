@@ -488,23 +488,33 @@ def main(argv=None):
         with here.first():
             network = Scripted(args.features) if args.features else Inception(args.inception, args.resize)
         network.to(here.device)
+    made_by = agreed(network.made, {args.ref: real, args.samples: fake})
     if with_pr or not real:
         found = collect_reference(network, real_images, args, here)
         real = {**real, "pool3": found.get("pool3")} if real else found     # published statistics go first
     if batches is not None:
         fake = collect(network, batches, here, ["pool3"] * with_pr + ["logits"] * (not args.features))
     if here.rank == 0:
-        report(args, here, network.made, fake, made, real, real_images)
+        report(args, here, made_by, fake, made, real, real_images)
     here.close()
+
+
+def agreed(network, files):
+    """What network all numbers are of, before any is computed. ValueError where a file's statistics are of another."""
+    for name, statistics in files.items():
+        theirs = json.loads(str(statistics.get("made", "{}")))
+        network = network or {key: theirs[key] for key in ("network", "weights", "resize") if key in theirs}
+        if theirs and any(theirs.get(key) != value for key, value in network.items()):
+            raise ValueError(f"{name}: statistics of {theirs}, not of {network}")
+        if network.get("network") == "Inception" and statistics and statistics["mu"].shape != (2048,):
+            raise ValueError(f"{name}: mu has shape {statistics['mu'].shape}; Inception's has 2048 numbers")
+    return network
 
 
 def report(args, here, network, fake, made, real, real_images):
     """Numbers from the statistics of both sides, printed with how they were made."""
-    for name, side in [(args.samples, fake), (args.ref, real)]:
-        theirs = json.loads(str(side.get("made", "{}")))
-        if any(theirs.get(key, value) != value for key, value in network.items()):
-            raise ValueError(f"{name}: statistics of {theirs}, not of {network}")
-    name = f"Frechet distance on {args.features}" if args.features else "FID"
+    inception = network.get("network", "Inception") == "Inception"
+    name = "FID" if inception else f"Frechet distance on {network['network']}"
     numbers = {name: frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])}
     if "mu_s" in fake and "mu_s" in real:
         numbers["sFID"] = frechet_distance(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])
@@ -519,7 +529,7 @@ def report(args, here, network, fake, made, real, real_images):
     how = {side: {key: value for key, value in facts.items() if value is not None} for side, facts in how.items()}
     warnings = [f"{how[side]['n']} {side}: under 2048 images the covariance has no full rank, and the distance is too "
                 "large" for side in ("samples", "reference") if how[side].get("n", math.inf) < 2048]
-    if network.get("network") == "Inception" and network["weights"] != RELEASED:
+    if inception and network.get("weights", RELEASED) != RELEASED:
         warnings.append("these are not the released weights of Inception: no published FID compares with this")
     if reference["size"] and made["size"] and reference["size"] != made["size"]:
         warnings.append(f"samples of {made['size']} pixels against {reference['size']}: files are scaled by --size")

@@ -2516,6 +2516,8 @@ def test_reference_is_computed_once(gallery, capsys):
     other.b.data += 1
     torch.jit.script(other).save("eye.pt")
     assert measured(capsys, "clean.npz", "--ref", "clean.npz")["Frechet distance on eye.pt"] < 1e-6
+    other = measured(capsys, kept[0], "--ref", kept[0], features=())          # what they are of is written in the file
+    assert other["Frechet distance on eye.pt"] < 1e-6 and "FID" not in other
     assert "statistics of" in command("fid.py", "clean.npz", "--ref", kept[0], "--features", "eye.pt", "--device", "cpu")
 
 
