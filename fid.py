@@ -538,7 +538,7 @@ def report(args, here, network, fake, made, real, real_images):
     if args.json:
         return print(json.dumps({**numbers, **how}))
     for name, value in numbers.items():
-        print(f"{name:<12} {value:.4f}")
+        print(f"{name:<12} {value:#.6g}")
     for name, facts in how.items():
         print(f"{name:<12} {', '.join(f'{key} {value}' for key, value in facts.items())}")
 
