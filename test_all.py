@@ -36,6 +36,7 @@ import bench
 import data
 import diffusion
 import dit
+import fid
 import sample
 import train
 import udit
@@ -2288,6 +2289,394 @@ def test_two_processes_sample_as_one(run, tmp_path):
     assert alone.returncode == pair.returncode == 0, pair.stderr
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert (one["arr_0"] == two["arr_0"]).all() and (one["arr_1"] == two["arr_1"]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fid.py
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """Inception with filled weights, their names and shapes, and the file that they are in."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "read_weights", lambda path: ({}, "bare"))
+        patch.setattr(sample, "load_weights", lambda model, state, name: torch.save(fill_inception(model), path))
+        fid.Inception("fid.py")
+    return fid.Inception(path), {name: tuple(value.shape) for name, value in torch.load(path).items()}, path
+
+
+def fill_inception(model):
+    """As the ports were filled whose outputs are below: convolutions are sqrt(2) larger, lest the ReLUs wear a signal out."""
+    state = model.state_dict()
+    filled = fill({name: value for name, value in state.items() if value.is_floating_point()})
+    for name in filled:
+        if name.endswith("conv.weight"):
+            filled[name] *= 2**0.5
+        elif name.endswith("running_var"):
+            filled[name] = 1 + filled[name].abs()
+    return {**state, **filled}
+
+
+def test_inception_has_the_released_names_and_shapes(inception):
+    """All 566 names and shapes of pt_inception-2015-12-05-6726825d.pth, and no other."""
+    lines = sorted(f"{name} {shape}" for name, shape in inception[1].items())
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "760681d791cb624e" and len(lines) == 566
+
+
+@pytest.mark.parametrize("resize, values", [
+    ("tensorflow", dict(pool3=(0.407455076, [0.0, 0.117758, 0.482271, 0.002269, 0.0, 0.121353, 0.486992, 0.002043]),
+                        spatial=(0.716274875, [0.53551, 0.435461, 0.0, 0.318718, 0.528145, 0.444277, 0.0, 0.05244]),
+                        logits=(0.403988174, [0.30852, -0.557795, -0.305043, -0.431874, 0.311606, -0.562577, -0.310846, -0.435878]))),
+    ("pytorch", dict(pool3=(0.407736909, [0.0, 0.114539, 0.486966, 0.002569, 0.0, 0.117431, 0.487794, 0.002126]))),
+])
+def test_inception_computes_what_the_ports_do(inception, resize, values):
+    """For both resizes, eight numbers of each output and its norm are those of torch-fidelity and pytorch-fid, within 1e-4."""
+    net = inception[0]
+    net.made["resize"] = resize
+    images = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 32, 32)).astype(np.uint8))
+    out = net(images)
+    assert {name: tuple(v.shape) for name, v in out.items()} == dict(pool3=(2, 2048), spatial=(2, 2023), logits=(2, 1008))
+    for name, (norm, few) in values.items():
+        assert out[name].square().mean().sqrt().item() == pytest.approx(norm, rel=1e-4)
+        assert relative(out[name][:, ::out[name].shape[1] // 4][:, :4].flatten(), few) < 1e-4
+    for wrong in (images.float(), images[:, :1], images[0]):
+        with pytest.raises(ValueError, match="expected uint8 images"):
+            net(wrong)
+
+
+def test_inception_folded_is_what_was_loaded(inception):
+    """Batch norms folded into convolutions change nothing: a folded layer equals its convolution, norm and ReLU one by one."""
+    weights, x = torch.load(inception[2]), inputs((2, 80, 9, 9))[0]
+    w = {name.removeprefix("Conv2d_4a_3x3."): value for name, value in weights.items() if name.startswith("Conv2d_4a_3x3.")}
+    plain = F.batch_norm(F.conv2d(x, w["conv.weight"]), w["bn.running_mean"], w["bn.running_var"], w["bn.weight"], w["bn.bias"], eps=1e-3)
+    assert relative(inception[0].Conv2d_4a_3x3(x), plain.relu()) < 1e-5
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in inception[0].modules())
+
+
+def test_resize_conventions():
+    """TensorFlow 1 samples at i n / m from the first pixel; PyTorch between pixel centres; a constant image stays constant."""
+    x = torch.tensor([0.0, 8, 4]).expand(1, 1, 3, 3)
+    assert fid.resize(x, 6, centres=False)[0, 0, 0].tolist() == [0, 4, 8, 6, 4, 4]
+    assert fid.resize(x, 6, centres=True)[0, 0, 0].tolist() == [0, 2, 6, 7, 5, 4]
+    for shape in [(32, 32), (256, 200), (500, 7)]:
+        x = inputs((1, 3, *shape))[0]
+        assert relative(fid.resize(x, 299, centres=True), F.interpolate(x, (299, 299), mode="bilinear")) < 1e-4
+        assert torch.equal(fid.resize(torch.full_like(x, 7), 299, centres=False), torch.full((1, 3, 299, 299), 7.0))
+
+
+def moments(x):
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def vector_sets():
+    """Two sets of correlated vectors, (1500, 48) and (1200, 48)."""
+    rng = np.random.RandomState(0)
+    a = rng.standard_normal((1500, 48)) @ rng.standard_normal((48, 48)) * 0.3
+    return a, rng.standard_normal((1200, 48)) @ rng.standard_normal((48, 48)) * 0.3 + 0.2, rng
+
+
+def test_frechet_distance_is_the_published_tools():
+    """That of pytorch-fid 0.3.0, within 1e-9, and where covariances have no full rank within its own error of 1e-7."""
+    a, b, _ = vector_sets()
+    assert fid.frechet_distance(*moments(a), *moments(b)) == pytest.approx(107.91284986772422, rel=1e-9)
+    assert fid.frechet_distance(*moments(a[:40]), *moments(b[:30])) == pytest.approx(183.3301718134664, rel=1e-7)
+
+
+def test_frechet_distance_where_it_is_known():
+    """Zero between equals, of any rank; |m1 - m2|^2 + sum (s1 - s2)^2 where covariances commute, also with zeros; symmetric."""
+    a, b, _ = vector_sets()
+    for x in (a, a[:20]):
+        assert 0 <= fid.frechet_distance(*moments(x), *moments(x)) < 1e-10
+    q, s1, s2 = np.linalg.qr(a[:48])[0], np.r_[np.zeros(10), np.linspace(0, 3, 38)], np.r_[np.linspace(2, 0, 40), np.zeros(8)]
+    known = 48 * 0.25 + ((s1 - s2) ** 2).sum()
+    got = fid.frechet_distance(np.zeros(48), q * s1**2 @ q.T, np.full(48, 0.5), q * s2**2 @ q.T)
+    assert got == pytest.approx(known, rel=1e-7)
+    assert fid.frechet_distance(*moments(a), *moments(b)) == pytest.approx(fid.frechet_distance(*moments(b), *moments(a)), rel=1e-10)
+    with pytest.raises(ValueError, match="do not fit together"):
+        fid.frechet_distance(*moments(a), *moments(b[:, 1:]))
+    with pytest.raises(ValueError, match="not finite"):
+        fid.frechet_distance(np.full(48, np.nan), moments(a)[1], *moments(b))
+
+
+def test_moments_add_up_from_parts():
+    """Batches of any size give the mean and covariance of the whole, even far from zero, where E[x x^T] - m m^T loses all digits."""
+    a, _, _ = vector_sets()
+    x = torch.from_numpy(a) + 1e7
+    parts = [fid.Moments(part) for part in x.split([1, 499, 700, 300])]
+    total = parts[0].add(parts[1]).add(parts[2].add(parts[3]))
+    mean, covariance = moments(a)
+    assert total.n == 1500 and np.allclose(total.mean.numpy() - 1e7, mean, atol=1e-7)
+    assert np.allclose(total.scatter.numpy() / 1499, covariance, atol=1e-6)
+    assert not np.allclose((x.T @ x / 1499 - 1500 / 1499 * x.mean(0).outer(x.mean(0))).numpy(), covariance, atol=1e-2)
+
+
+def test_inception_score_is_the_published_tools():
+    """That of torch-fidelity 0.4.0; 1 where every image gets the same scores, and the number of classes where each is sure of its own."""
+    _, _, rng = vector_sets()
+    assert fid.inception_score(2 * rng.standard_normal((1000, 20)).astype(np.float32)) == pytest.approx((3.3609154765, 0.1320813473), rel=1e-8)
+    assert fid.inception_score(torch.ones(100, 7)) == pytest.approx((1, 0))
+    assert fid.inception_score(1e4 * torch.eye(5).repeat(20, 1)) == pytest.approx((5, 0))
+    with pytest.raises(ValueError, match="9 images do not make 10 splits"):
+        fid.inception_score(torch.ones(9, 7))
+
+
+def test_precision_and_recall_are_the_published_tools():
+    """Those of torch-fidelity 0.4.0, whatever the size of blocks, and on a line where they can be counted by hand."""
+    a, b, _ = vector_sets()
+    assert fid.precision_recall(b[:, :8], a[:, :8]) == pytest.approx((0.74, 0.8458333333))
+    for block in (200, 10_000):
+        assert fid.share_inside(torch.from_numpy(a[:, :8]), torch.from_numpy(b[:, :8]), 3, block=block) == pytest.approx(0.74)
+    real, generated = torch.arange(10.0)[:, None], torch.tensor([[0.0], [1], [2], [3], [50]])    # radii: 3, 2, 2, 2 .. and 3, 2, 2, 3, 49
+    assert fid.precision_recall(real, generated) == (4 / 5, 1.0)
+    assert fid.precision_recall(real, generated[:4]) == (1.0, 7 / 10)
+    with pytest.raises(ValueError, match="more than 3 images on both sides, here 3 real and 5 generated"):
+        fid.precision_recall(real[:3], generated)
+
+
+class Eye(torch.nn.Module):
+    """A network of random convolutions, as --features wants one: what shapes look like, in 40 numbers."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a = torch.nn.Parameter(torch.randn(16, 3, 3, 3, generator=generator) / 5)
+        self.b = torch.nn.Parameter(torch.randn(40, 16, 3, 3, generator=generator) / 12)
+
+    def forward(self, images):
+        x = torch.nn.functional.conv2d(images.float() / 127.5 - 1, self.a, stride=2).relu()
+        return torch.nn.functional.conv2d(x, self.b, stride=2).relu().mean((2, 3))
+
+
+@pytest.fixture
+def gallery(tmp_path, monkeypatch):
+    """A working folder with an eye, images in several forms, and a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", "cache")
+    torch.jit.script(Eye()).save("eye.pt")
+    images = data.shapes(length=60).images.permute(0, 2, 3, 1).numpy()
+    noisy = (images + np.random.RandomState(0).normal(0, 20, images.shape)).clip(0, 255).astype(np.uint8)
+    np.savez("clean.npz", arr_0=images)
+    np.savez("noisy.npz", arr_0=noisy, arr_1=np.arange(60))
+    Path("noisy").mkdir()
+    for i, image in enumerate(noisy):
+        Image.fromarray(image).save(f"noisy/{i:03d}.png")
+    return images, noisy
+
+
+def measured(capsys, *arguments, features=("--features", "eye.pt")):
+    """The JSON line of a call, which must succeed."""
+    capsys.readouterr()
+    assert command("fid.py", *arguments, *features, "--device", "cpu", "--json") is None
+    return json.loads(capsys.readouterr().out)
+
+
+def test_fid_of_every_kind_of_input(gallery, capsys):
+    """Images in an npz or folder, in any batches, and statistics give the number that the formula gives for their vectors."""
+    with torch.no_grad():
+        real, noisy = (Eye()(torch.from_numpy(images).permute(0, 3, 1, 2)).double().numpy() for images in gallery)
+    known = fid.frechet_distance(*moments(noisy), *moments(real))
+    np.savez("statistics.npz", **dict(zip(("mu", "sigma"), moments(real))))
+    np.savez("published.npz", **dict(zip(("mu", "sigma"), moments(real))), arr_0=gallery[0][:10])     # as guided-diffusion's
+    for samples, ref, *flags in [("noisy.npz", "clean.npz"), ("noisy", "clean.npz", "--batch-size", 7), ("noisy", "statistics.npz"),
+                                 ("noisy.npz", "published.npz")]:
+        out = measured(capsys, samples, "--ref", ref, *flags)
+        assert out["Frechet distance on eye.pt"] == pytest.approx(known, rel=1e-6)
+        assert not {"FID", "sFID", "IS"} & out.keys() and (("precision" in out) == (ref != "statistics.npz"))
+        assert out["samples"] == dict(n=60, source=samples, size="16x16") and out["network"]["network"] == "eye.pt"
+    both = measured(capsys, "clean.npz", "--ref", "clean.npz")
+    assert both["Frechet distance on eye.pt"] < 1e-6 and both["precision"] == both["recall"] == 1
+    assert "precision" not in measured(capsys, "clean.npz", "--ref", "clean.npz", "--no-pr")
+    assert measured(capsys, "statistics.npz", "--ref", "statistics.npz", features=())["FID"] < 1e-9
+
+
+def test_fid_with_inception(gallery, inception, capsys, monkeypatch):
+    """Of Inception there are six numbers, FID of 2048 features and sFID of 2023; it is said if its weights are not the released
+    ones, that 5 images are few, and how all was made."""
+    np.savez("few.npz", arr_0=gallery[0][:5])
+    monkeypatch.setattr(fid, "frechet_distance", lambda *given: sum(len(part) for part in given))      # ten seconds less
+    fid.main(["few.npz", "--ref", "few.npz", "--inception", str(inception[2]), "--resize", "pytorch", "--device", "cpu"])
+    shown = capsys.readouterr()
+    numbers = {name: float(x) for name, x in re.findall(r"^(FID|sFID|IS deviation|IS|precision|recall) +(\d\S+)$", shown.out, re.M)}
+    assert len(numbers) == 6 and (numbers["FID"], numbers["sFID"]) == (4 * 2048, 4 * 2023)
+    assert numbers["precision"] == numbers["recall"] == 1 and numbers["IS"] >= 1
+    assert "source few.npz, size 16x16, n 5" in shown.out and "resize pytorch" in shown.out
+    assert "5 samples: under 2048 images" in shown.err and "not the released weights" in shown.err
+
+
+def test_fid_of_a_checkpoint_is_that_of_its_samples(run, gallery, capsys):
+    """--ckpt samples what sample.py writes, without writing it, and says how: sampler, steps, w, weights, step."""
+    flags = ["--ckpt", run / "checkpoint.pt", "--num", 30, "--sampler", "ddpm", "--steps", 3, "--seed", 2, "--batch-size", 8]
+    assert command("sample.py", *flags, "--device", "cpu", "--out", "x.npz") is None
+    straight, written = measured(capsys, *flags, "--ref", "clean.npz"), measured(capsys, "x.npz", "--ref", "clean.npz")
+    assert straight["Frechet distance on eye.pt"] == pytest.approx(written["Frechet distance on eye.pt"], rel=1e-6)
+    made = straight["samples"]
+    assert [made[key] for key in ("n", "size", "step", "weights", "sampler", "steps", "w", "seed")] == [30, "16x16", 6, "EMA", "ddpm", 3, 1, 2]
+    assert straight["reference"] == dict(n=60, source="clean.npz", size="16x16")
+
+
+def test_reference_is_computed_once(gallery, capsys):
+    """A reference's numbers are kept under everything they depend on: images, network, size; other files of the same images share them."""
+    first = measured(capsys, "noisy.npz", "--ref", "clean.npz")
+    kept = list(Path("cache").glob("**/*.npz"))
+    assert len(kept) == 1
+    np.savez("copy.npz", arr_0=gallery[0])
+    assert measured(capsys, "noisy.npz", "--ref", "copy.npz")["recall"] == first["recall"]
+    assert list(Path("cache").glob("**/*.npz")) == kept
+    with np.load(kept[0]) as held:
+        assert json.loads(str(held["made"]))["network"] == "eye.pt" and held["pool3"].shape == (60, 40)
+        np.savez(kept[0], **{**held, "mu": held["mu"] + 1})
+    shifted = measured(capsys, "noisy.npz", "--ref", "clean.npz")["Frechet distance on eye.pt"]
+    assert shifted > first["Frechet distance on eye.pt"] + 10                   # it is read, not computed anew
+    for i, change in enumerate([["--ref", "noisy.npz"], ["--ref", "noisy", "--size", "8"], ["--ref", "shapes"]]):
+        measured(capsys, "noisy.npz", *change)
+        assert len(list(Path("cache").glob("**/*.npz"))) == 2 + i
+    other = Eye()
+    other.b.data += 1
+    torch.jit.script(other).save("eye.pt")
+    assert measured(capsys, "clean.npz", "--ref", "clean.npz")["Frechet distance on eye.pt"] < 1e-6
+    other = measured(capsys, kept[0], "--ref", kept[0], features=())          # what they are of is written in the file
+    assert other["Frechet distance on eye.pt"] < 1e-6 and "FID" not in other
+    assert "statistics of" in command("fid.py", "clean.npz", "--ref", kept[0], "--features", "eye.pt", "--device", "cpu")
+
+
+def test_vectors_of_a_large_reference_are_spread_evenly(gallery, monkeypatch):
+    """Precision and recall look at so many reference images at most, evenly spread: the first ones of a sorted set are of one class."""
+    monkeypatch.setattr(fid, "VECTORS", 20)
+    images = data.ImagesInMemory(torch.from_numpy(gallery[0]).permute(0, 3, 1, 2))
+    args = argparse.Namespace(ref="x", batch_size=7, pr=True)
+    numbers = fid.collect_reference(fid.Scripted("eye.pt"), images, args, train.Processes("cpu"))
+    with torch.no_grad():
+        vectors = Eye()(images.images)
+    assert numbers["n"] == 60 and np.allclose(numbers["pool3"], vectors[::3].numpy(), atol=1e-5)
+    assert np.allclose(numbers["mu"], vectors.double().mean(0).numpy(), atol=1e-6)
+
+
+def test_distance_grows_with_noise():
+    """The more noise on shapes, the farther they are from other shapes."""
+    images, distances = data.shapes(length=600).images, []
+    with torch.no_grad():
+        real = moments(Eye()(images[:300]).numpy())
+        for level in (0, 5, 10, 20, 40):
+            noise = torch.from_numpy(np.random.RandomState(0).normal(0, level, (300, 3, 16, 16)))
+            distances.append(fid.frechet_distance(*real, *moments(Eye()((images[300:] + noise).clamp(0, 255).byte()).numpy())))
+    assert distances == sorted(distances) and distances[-1] > 10 * distances[0] > 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["none.npz", "--ref", "clean.npz"], "none.npz: no such file"),
+    (["clean.npz", "--ref", "cifar"], "cifar: no such file, folder, or data set (cifar10"),
+    (["text.npz", "--ref", "clean.npz"], "text.npz: not an npz (or a damaged one)"),
+    (["torn.npz", "--ref", "clean.npz"], "torn.npz: "),
+    (["flipped.npz", "--ref", "clean.npz"], "flipped.npz: Bad CRC-32"),
+    (["names.npz", "--ref", "clean.npz"], "names.npz: neither arr_0 (images) nor mu and sigma (statistics) is in it, but images, labels"),
+    (["float.npz", "--ref", "clean.npz"], "float.npz: arr_0 is float32 (60, 16, 16, 3); expected uint8"),
+    (["nchw.npz", "--ref", "clean.npz"], "nchw.npz: arr_0 is uint8 (60, 3, 16, 16) (NCHW? transpose(0, 2, 3, 1)); expected"),
+    (["objects.npz", "--ref", "clean.npz"], "objects.npz: Object arrays cannot be loaded"),
+    (["one.npz", "--ref", "clean.npz"], "one.npz: 1 image(s); a covariance takes at least two"),
+    (["clean.npz", "--ref", "empty.npz"], "empty.npz: 0 image(s)"),
+    (["three.npz", "--ref", "clean.npz"], "precision and recall need more than 3 images on both sides, here 60 real and 3 generated (--no-pr"),
+    (["mixed", "--ref", "clean.npz"], "square images of one size are needed; --size PIXELS"),
+    (["corrupt", "--ref", "clean.npz"], "b.png"),
+    (["torn", "--ref", "clean.npz"], "b.png: not a readable image"),
+    (["nothing", "--ref", "clean.npz"], "nothing: holds no image"),
+    (["clean.npz", "--ref", "statistics.npz"], "means and covariances do not fit together: (40,), (40, 40), (5,), (5, 5)"),
+    (["clean.npz", "--ref", "nan.npz"], "means or covariances are not finite"),
+    (["clean.npz", "--ref", "clean.npz", "--features", "none.pt"], "none.pt"),
+    (["clean.npz", "--ref", "clean.npz", "--features", "text.npz"], "--features text.npz: "),
+    (["clean.npz", "--ref", "clean.npz", "--features", "map.pt"], "map.pt: images (N, 3, H, W) do not become vectors (N, D)"),
+    (["clean.npz", "--ref", "clean.npz", "--features", "fails.pt"], "--features fails.pt: "),
+    (["clean.npz", "--ref", "clean.npz", "--inception", "none.pth"], "none.pth: no such file of weights"),
+    (["clean.npz", "--ref", "clean.npz", "--inception", "eye.pth"], "eye.pth: does not fit the model: "),
+    (["clean.npz", "--ref", "clean.npz", "--inception"], "the download failed"),
+    (["--ref", "clean.npz"], "give either an npz (arr_0), a folder of images"),
+    (["clean.npz", "--ref", "clean.npz", "--ckpt", "x.pt"], "or --ckpt or --weights, to sample from"),
+    (["--ckpt", "x.pt", "--ref", "clean.npz"], "--num N: say how many"),
+    (["--ckpt", "x.pt", "--ref", "clean.npz", "--num", "10"], "x.pt: no such checkpoint"),
+    (["clean.npz", "--ref", "clean.npz", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["noisy", "--ref", "clean.npz", "--size", "0"], "--size 0: must be at least 1"),
+    (["clean.npz", "--ref", "cifar10", "--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
+])
+def test_fid_says_what_is_wrong_in_one_line(gallery, monkeypatch, arguments, message):
+    """Bad files, networks and flags: exit code not 0 and one line that names what is wrong."""
+    images, noisy = gallery
+    np.savez("names.npz", images=images, labels=np.zeros(60))
+    np.savez("float.npz", arr_0=images.astype(np.float32) / 255)
+    np.savez("nchw.npz", arr_0=images.transpose(0, 3, 1, 2))
+    np.savez("objects.npz", arr_0=np.array([images[0], None], dtype=object))
+    for name, rows in [("one", 1), ("three", 3), ("empty", 0)]:
+        np.savez(f"{name}.npz", arr_0=images[:rows])
+    np.savez("statistics.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez("nan.npz", mu=np.full(40, np.nan), sigma=np.eye(40))
+    whole = bytearray(Path("clean.npz").read_bytes())
+    Path("torn.npz").write_bytes(whole[:-3000])
+    whole[5000] ^= 255
+    Path("flipped.npz").write_bytes(whole)
+    Path("text.npz").write_text("no images")
+    for name in ("mixed", "corrupt", "torn", "nothing"):
+        Path(name).mkdir()
+        if name != "nothing":
+            Image.fromarray(noisy[0]).save(f"{name}/a.png")
+    Image.fromarray(noisy[0][:8, :8]).save("mixed/b.png")
+    Path("corrupt/b.png").write_bytes(b"no image at all")
+    Path("torn/b.png").write_bytes(Path("torn/a.png").read_bytes()[:300])
+    torch.save(Eye().state_dict(), "eye.pth")
+    torch.jit.script(torch.nn.Identity()).save("map.pt")
+    torch.jit.script(torch.nn.Linear(3, 3)).save("fails.pt")
+    if arguments[-1] == "--inception":                  # as without a network
+        arguments = arguments[:-1]
+        monkeypatch.setattr(fid.torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("unreachable")))
+    elif "--features" not in arguments and "--inception" not in arguments:
+        arguments = [*arguments, "--features", "eye.pt"]
+    error = command("fid.py", *arguments, "--device", "cpu")
+    assert isinstance(error, str) and error.startswith("fid.py: ") and message in error and "\n" not in error
+
+
+def test_mixed_sizes_are_scaled_where_asked(gallery, capsys):
+    """--size makes a folder of mixed sizes comparable, as training does."""
+    Image.new("RGB", (40, 24), (200, 30, 30)).save("noisy/wide.png")
+    assert "040" not in str(command("fid.py", "noisy", "--ref", "clean.npz", "--features", "eye.pt", "--device", "cpu"))
+    assert measured(capsys, "noisy", "--ref", "clean.npz", "--size", 16)["samples"] == dict(n=61, source="noisy", size="16x16")
+
+
+def test_large_folders_are_measured_through_workers(gallery, capsys, monkeypatch):
+    """A folder too large for memory is read by workers, to the same numbers, be it the samples' or the reference's."""
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    for i, (samples, ref) in enumerate([("noisy", "clean.npz"), ("noisy.npz", "clean.npz"), ("clean.npz", "noisy"), ("clean.npz", "noisy.npz")]):
+        out = measured(capsys, samples, "--ref", ref, "--batch-size", 25)
+        numbers = [out["Frechet distance on eye.pt"], *sorted([out["precision"], out["recall"]])]
+        known = numbers if i == 0 else known
+        assert numbers == pytest.approx(known, rel=1e-6)
+
+
+@slow
+def test_distance_falls_as_training_goes_on(tmp_path, monkeypatch, capsys):
+    """Samples come closer to shapes from checkpoint to checkpoint: 50, 200 and 800 steps."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    torch.jit.script(Eye()).save(tmp_path / "eye.pt")
+    distances = []
+    for steps in (50, 200, 800):
+        train.main(["--model", "uvit_tiny", "--data", "shapes", "--steps", str(steps), "--sample-every", "0", "--out", str(tmp_path)])
+        out = measured(capsys, "--ckpt", tmp_path / "checkpoint.pt", "--num", 200, "--ref", "shapes", features=("--features", tmp_path / "eye.pt"))
+        distances.append(next(iter(out.values())))
+    assert distances[0] > 1.2 * distances[1] > 6 * distances[2]         # 0.616, 0.434, 0.029
+
+
+@slow
+def test_two_processes_measure_as_one(run, gallery):
+    """Under torchrun two processes find the numbers that one finds, from files and from a checkpoint, whatever their shares."""
+    flags = ["--ref", Path("clean.npz").resolve(), "--features", Path("eye.pt").resolve(), "--device", "cpu", "--json"]
+    pair = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    for what in (["noisy.npz", "--batch-size", 8], ["noisy.npz", "--batch-size", 100],
+                 ["--ckpt", run / "checkpoint.pt", "--num", 20, "--steps", 2, "--batch-size", 6]):
+        what = [Path(what[0]).resolve() if what[0] == "noisy.npz" else what[0], *what[1:]]
+        results = []
+        for number, start in enumerate(([], pair)):
+            ended = shell(*start, "fid.py", *what, *flags, TORCH_HOME=str(Path(f"cache{number}").resolve()))
+            assert ended.returncode == 0, ended.stderr
+            results.append(json.loads(ended.stdout.splitlines()[-1]))
+        one, two = (next(iter(result.values())) for result in results)
+        assert two == pytest.approx(one, rel=1e-6) and results[0]["precision"] == results[1]["precision"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
