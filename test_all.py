@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -1889,18 +1890,118 @@ def test_failed_write_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_sigterm_ends_the_step_and_saves(tmp_path):
-    """A scheduler's SIGTERM: a checkpoint is written at the step reached, and the exit is not a success."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_step_and_saves(tmp_path, number):
+    """A scheduler's SIGTERM, and ctrl-C: a checkpoint is written at the step reached, and the exit is not a success."""
     process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--steps", "100000", "--save-every", "100000", "--out", str(tmp_path)],
                                cwd=HERE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 120
-    while not (tmp_path / "log.jsonl").exists() or not log_of(tmp_path):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.2)
-    process.terminate()
+    wait_for(lambda: steps_logged(tmp_path), process)
+    process.send_signal(number)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode != 0 and "stopped by SIGTERM" in error and "Traceback" not in error
+    assert process.returncode == 1 and f"stopped by {number.name} after step" in error and "Traceback" not in error
     assert train.read_checkpoint(tmp_path / "checkpoint.pt")["step"] == log_of(tmp_path)[-1]["step"] > 0
+
+
+def steps_logged(out):
+    """Whole lines in a run's log so far."""
+    path = Path(out) / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(condition, process, seconds=120):
+    """Until a condition holds, while the process that should make it true runs on."""
+    deadline = time.time() + seconds
+    while not condition():
+        running = process.is_alive() if hasattr(process, "is_alive") else process.poll() is None
+        assert running and time.time() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """start(flags, out): a process that trains there, on one thread. It is a fork of one that has imported torch already: it starts soon."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+
+    def start(flags, out):
+        process = context.Process(target=train.main, args=([*flags, "--out", str(out)],))
+        process.start()
+        return process
+
+    return start
+
+
+def assert_same_run(killed, whole, steps):
+    """Weights, average and optimiser of two runs are equal bit for bit, and so are losses; the logs have every step once."""
+    a, b = (train.read_checkpoint(out / "checkpoint.pt") for out in (killed, whole))
+    assert same(a["model"], b["model"]) and same(a["ema"], b["ema"]) and a["step"] == b["step"] == steps
+    assert all(same(a["optimizer"]["state"][i], state) for i, state in b["optimizer"]["state"].items())
+    assert [line["step"] for line in log_of(killed)] == list(range(1, steps + 1))
+    assert [line["loss"] for line in log_of(killed)] == [line["loss"] for line in log_of(whole)]
+
+
+@slow
+def test_run_killed_twenty_times_ends_as_if_nothing_had_been(tmp_path, start, capsys):
+    """kill -9 at 20 random moments, every other one while a checkpoint is written; the same command again each time: the uninterrupted run.
+
+    Weights, average and optimiser are equal bit for bit, and the log has no gap and no repeated step.
+    """
+    flags, random, out = [*SMALL, "--steps", "220"], np.random.default_rng(0), tmp_path / "killed"
+    began = time.time()
+    whole = start(flags, tmp_path / "whole")
+    torn = 0
+    for kill in range(20):
+        writing = kill % 2
+        if writing:     # what is there is the half checkpoint of the kill before
+            (out / "checkpoint.tmp").unlink(missing_ok=True)
+        process = start(flags, out)
+        reached = random.integers(10 * kill, 10 * kill + 10)
+        wait_for(lambda: steps_logged(out) >= reached, process)
+        if writing:
+            wait_for((out / "checkpoint.tmp").exists, process)
+        time.sleep(random.uniform(0, 0.003 if writing else 0.3))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        torn += writing and (out / "checkpoint.tmp").exists()
+    last = start(flags, out)
+    for process in (last, whole):
+        process.join()
+        assert process.exitcode == 0
+    assert torn >= 5
+    assert_same_run(out, tmp_path / "whole", 220)
+    with capsys.disabled():
+        print(f"\nkilled 20 times, {torn} of them in the middle of a checkpoint, in {time.time() - began:.0f} s: 220 steps equal bit for bit")
+
+
+def ranks_below(pid):
+    """{rank: process id} of the processes that a torchrun with this id has started (Linux)."""
+    found = {}
+    for child in children(pid)[1:]:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found.update({int(entry[5:]): child for entry in environment if entry.startswith(b"RANK=")})
+    return found
+
+
+@slow
+def test_run_of_two_processes_survives_the_death_of_one(tmp_path, capsys):
+    """torchrun --max-restarts: rank 1, rank 0 and rank 1 again are killed (-9), and the run ends as the pair that was left alone, bit for bit."""
+    flags = ["--nproc_per_node=2", "train.py", *SMALL, "--steps", "90", "--out"]
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}   # without the first, restarts of torchrun may hang
+    whole = shell("-m", "torch.distributed.run", "--standalone", *flags, tmp_path / "whole", **environment)
+    assert whole.returncode == 0, whole.stderr
+    out, began = tmp_path / "killed", time.time()
+    with open(tmp_path / "stderr", "w") as stderr:
+        process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=3", *flags, str(out)],
+                                   cwd=HERE, stderr=stderr, env={**os.environ, **environment})
+        for rank, reached in ((1, 20), (0, 45), (1, 70)):
+            wait_for(lambda: steps_logged(out) >= reached, process)
+            os.kill(ranks_below(process.pid)[rank], signal.SIGKILL)
+        assert process.wait(timeout=300) == 0, (tmp_path / "stderr").read_text()
+    assert_same_run(out, tmp_path / "whole", 90)
+    with capsys.disabled():
+        print(f"\none of two processes killed 3 times, in {time.time() - began:.0f} s: 90 steps equal bit for bit")
 
 
 @pytest.mark.parametrize("change, message", [
