@@ -1874,32 +1874,53 @@ def test_run_of_damaged_checkpoints_alone_is_not_started_anew(tmp_path):
             train.main([*SMALL, "--out", str(tmp_path)])
 
 
-def test_failed_write_keeps_the_checkpoint_before(tmp_path, monkeypatch):
-    """When the disk is full while saving, the old checkpoint stays whole, and the message says so."""
-    path = tmp_path / "checkpoint.pt"
-    train.write_checkpoint({"step": 1}, path)
-    before = path.read_bytes()
+def test_full_disk_keeps_the_checkpoint_before(run, tmp_path):
+    """The system refuses a file half-way, as a full disk does: one line says so, the old checkpoint is whole, no half of a new one is left."""
+    resource = pytest.importorskip("resource")
+    out, (soft, hard) = shutil.copytree(run, tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((out / "checkpoint.pt").stat().st_size // 2, hard))
+    try:
+        error = command("train.py", *SMALL, "--steps", 9, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.startswith(f"train.py: {out}/checkpoint.pt: could not be written ([Errno 27] File too large); make room or give another --out; ")
+    assert (out / "checkpoint.pt").read_bytes() == (run / "checkpoint.pt").read_bytes() and not (out / "checkpoint.tmp").exists()
+    assert command("train.py", *SMALL, "--steps", 9, "--out", out) is None      # with room again, the same command continues
+    assert [line["step"] for line in log_of(out)] == list(range(1, 10))
 
-    def full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left on device.*checkpoint before it is whole"):
-        train.write_checkpoint({"step": 2}, path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full device")
+def test_full_disk_is_named_by_the_log_too(tmp_path):
+    """A line of log.jsonl that finds no room names the file."""
+    log = train.Log(tmp_path, 0, active=True)
+    log.file = open("/dev/full", "ab", buffering=0)
+    with pytest.raises(OSError, match=r"/dev/full: could not be written \(.*No space left on device\); make room"):
+        log.write(1, loss=0.5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_the_step_and_saves(tmp_path, number):
+def test_signals_end_the_step_and_save(tmp_path):
     """A scheduler's SIGTERM, and ctrl-C: a checkpoint is written at the step reached, and the exit is not a success."""
-    process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--steps", "100000", "--save-every", "100000", "--out", str(tmp_path)],
-                               cwd=HERE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wait_for(lambda: steps_logged(tmp_path), process)
-    process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and f"stopped by {number.name} after step" in error and "Traceback" not in error
-    assert train.read_checkpoint(tmp_path / "checkpoint.pt")["step"] == log_of(tmp_path)[-1]["step"] > 0
+    processes = {
+        number: subprocess.Popen([sys.executable, "train.py", *SMALL, "--steps", "100000", "--save-every", "100000", "--out", tmp_path / number.name],
+                                 cwd=HERE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, process in processes.items():
+        wait_for(lambda: steps_logged(tmp_path / number.name), process)
+        process.send_signal(number)
+    for number, process in processes.items():
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == 1 and f"stopped by {number.name} after step" in error and "Traceback" not in error
+        out = tmp_path / number.name
+        assert train.read_checkpoint(out / "checkpoint.pt")["step"] == log_of(out)[-1]["step"] > 0
+
+
+def test_run_killed_between_two_renames_continues_from_the_checkpoint_before(run, tmp_path):
+    """checkpoint.pt has become previous.pt, the new one is still called checkpoint.tmp, torn: the run goes on from previous.pt to the same end."""
+    out = shutil.copytree(run, tmp_path / "run")
+    (out / "checkpoint.pt").rename(out / "checkpoint.tmp")
+    (out / "checkpoint.tmp").write_bytes(b"half of it")
+    assert command("train.py", *SMALL, "--out", out) is None
+    assert_same_run(out, run, 6)
 
 
 def steps_logged(out):

@@ -277,17 +277,27 @@ class Processes:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Where the disk is full or the folder can not be written to: one line that names the file and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path}: could not be written ({error}); make room or give another --out; a checkpoint from "
+                      "before is whole") from None
+
+
 def write_checkpoint(state, path):
     """Write to a temporary file, then rename: at every moment a whole checkpoint.pt or previous.pt exists."""
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with writing(path), open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
+    except OSError:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written ({error}); the checkpoint before it is whole") from None
+        raise
     if path.exists():
         os.replace(path, path.with_name("previous.pt"))
     os.replace(temporary, path)
@@ -368,7 +378,7 @@ class Log:
             kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step)
             path.with_suffix(".tmp").write_text(kept)
             os.replace(path.with_suffix(".tmp"), path)
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "ab", buffering=0)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(out, purge_step=step + 1)
@@ -376,7 +386,8 @@ class Log:
     def write(self, step, **values):
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}     # JSON has no NaN
         if self.file:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            with writing(self.file.name):
+                self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, math.nan if value is None else value, step)
@@ -403,8 +414,9 @@ def draw_grid(model, schedule, config, dataset, null, autocast, decode, device, 
     with autocast:
         images = diffusion.generate(model, schedule, dataset.shape, indices, y, null, sampler=sampler, steps=steps,
                                     w=config.cfg, clip=config.clip_x0, seed=config.seed, device=device)
-    path.parent.mkdir(exist_ok=True)
-    data.save_grid(decode(images), path, rows)
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        data.save_grid(decode(images), path, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,8 +479,9 @@ def main(argv=None):
         here.close()
         return print(f"{out} is at step {start} already; for more give a larger --steps") if lead else None
     if lead:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
         print("\n".join(f"{key:>16} {value}" for key, value in vars(config).items()))
         print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
               f"{config.data}: {len(dataset)} images {dataset.shape}, {arguments['num_classes'] or 'no'} classes; "
