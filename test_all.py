@@ -1843,6 +1843,28 @@ def test_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     assert [line["loss"] is None for line in log_of(tmp_path / "three")] == [False, True, True] and three["skipped"] == 2
 
 
+def test_fp16_overflow_recovers(tmp_path, monkeypatch):
+    """A finite loss whose fp16 gradient overflows: the step is skipped and counted, the scale halved, and the run goes on.
+
+    The logged loss is the mean over the steps that counted.
+    """
+    loss, calls = diffusion.VP.loss, []
+
+    def planted(self, *given):
+        calls.append(0)
+        return loss(self, *given) * (1e35 if len(calls) in (2, 3) else 1)      # .. times the scale, 65536, is beyond float32
+
+    flags = [*SMALL, "--amp", "fp16", "--log-every", "6", "--save-every", "6", "--out"]
+    train.main([*flags, str(tmp_path / "whole")])
+    monkeypatch.setattr(diffusion.VP, "loss", planted)
+    train.main([*flags, str(tmp_path / "planted")])
+    line, whole = log_of(tmp_path / "planted")[-1], log_of(tmp_path / "whole")[-1]
+    assert line["skipped"] == 2 and whole["skipped"] == 0 and line["loss"] == pytest.approx(whole["loss"], rel=0.1)
+    state = train.read_checkpoint(tmp_path / "planted" / "checkpoint.pt")
+    assert state["scaler"]["scale"] == 65536 / 4
+    assert all(torch.isfinite(p).all() for name in ("model", "ema") for p in state[name].values())
+
+
 def test_run_that_only_diverges_stops(tmp_path, monkeypatch):
     """Ten steps in a row without a finite gradient end the run with the step, the learning rate and what to try."""
     loss = diffusion.VP.loss

@@ -511,7 +511,7 @@ def main(argv=None):
     bar = tqdm(total=config.steps, initial=start, unit="step", disable=not lead,
                mininterval=1 if sys.stderr.isatty() else 30)
 
-    # These stay on the device, since reading them waits for it: sum of losses, and steps whose gradient was not finite.
+    # These stay on the device, since reading them waits for it: steps whose gradient was not finite, and the others' losses.
     loss_sum, bad_steps, bad_in_a_row = torch.zeros(3, device=device)
     logged_step = start
     clock = time.perf_counter()
@@ -525,6 +525,7 @@ def main(argv=None):
                  torch.randn(n, *dataset.shape, **where),
                  torch.rand(n, **where) < config.label_dropout, *dataset.draws(n, generator)]
 
+        step_loss = 0
         for i, (t, noise, dropped, *augment) in enumerate(zip(*(draw[rows].split(micro) for draw in draws))):
             images, y = next(batches)
             x0 = dataset.prepare(images, *augment)
@@ -536,7 +537,7 @@ def main(argv=None):
                 with autocast:
                     loss = schedule.loss(network, x0, y, t, noise).mean() / config.accumulate
                 scaler.scale(loss).backward()
-            loss_sum = loss_sum + torch.where(torch.isfinite(loss), loss.detach(), 0)
+            step_loss = step_loss + loss.detach()
 
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
@@ -552,6 +553,7 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(config.ema, (1 + step) / (10 + step)))
+        loss_sum = loss_sum + torch.where(bad > 0, 0, step_loss)
         bad_steps, bad_in_a_row = bad_steps + bad, (bad_in_a_row + bad) * bad
         step += 1
         bar.update()
