@@ -8,6 +8,7 @@
 seeds (`fill`, `inputs`), so that a few numbers carried over here pin down a whole network or sampler.
 """
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
@@ -1614,6 +1615,12 @@ def children(pid):
     (["--batch-size", "0"], "--image-size and --batch-size must be at least 1"),
     (["--autoencoder", HERE], "no AutoencoderKL could be read from a folder"),
     (["--captions", "none.json"], "--captions none.json: not a file of captions"),
+    (["--images", "nowhere"], "nowhere: no such folder"),
+    (["--images", __file__], "test_all.py: no such folder"),
+    (["--workers", "-1"], "--workers at least 0"),
+    (["--scale", "0.5", "--type", "float32"], "begun with other scale, type;"),
+    (["--out", __file__], "test_all.py"),
+    (["--out", Path(__file__) / "x"], "Not a directory"),
 ])
 def test_encode_says_what_is_wrong_in_one_line(tmp_path, pretrained, change, message):
     """Other settings than those begun with, impossible ones and files that are not there: one line, nothing changed."""
@@ -1649,6 +1656,12 @@ def test_missing_packages_and_captions_are_named(tmp_path, monkeypatch):
 
 SMALL = ["--model", "uvit_tiny", "--data", "shapes", "--model-args", "width=32", "heads=2", "--batch-size", "8", "--steps", "6",
          "--warmup", "2", "--log-every", "1", "--save-every", "3", "--sample-every", "0", "--device", "cpu"]
+
+
+class Explosive:
+    """What a malicious file would hold: code that runs when it is unpickled."""
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
 
 
 def log_of(out):
@@ -1896,16 +1909,24 @@ def test_run_of_damaged_checkpoints_alone_is_not_started_anew(tmp_path):
             train.main([*SMALL, "--out", str(tmp_path)])
 
 
-def test_full_disk_keeps_the_checkpoint_before(run, tmp_path):
-    """The system refuses a file half-way, as a full disk does: one line says so, the old checkpoint is whole, no half of a new one is left."""
+@contextlib.contextmanager
+def largest_file(size):
+    """The system refuses to write files beyond this size (Unix): half-way, as a full disk does."""
     resource = pytest.importorskip("resource")
-    out, (soft, hard) = shutil.copytree(run, tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((out / "checkpoint.pt").stat().st_size // 2, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        error = command("train.py", *SMALL, "--steps", 9, "--out", out)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert error.startswith(f"train.py: {out}/checkpoint.pt: could not be written ([Errno 27] File too large); make room or give another --out; ")
+
+
+def test_full_disk_keeps_the_checkpoint_before(run, tmp_path):
+    """A checkpoint that finds no room: one line says so, the old one is whole, and no half of a new one is left."""
+    out = shutil.copytree(run, tmp_path / "run")
+    with largest_file((out / "checkpoint.pt").stat().st_size // 2):
+        error = command("train.py", *SMALL, "--steps", 9, "--out", out)
+    assert error.startswith(f"train.py: {out}/checkpoint.pt: could not be written ([Errno 27] File too large); what was there before is whole; make room")
     assert (out / "checkpoint.pt").read_bytes() == (run / "checkpoint.pt").read_bytes() and not (out / "checkpoint.tmp").exists()
     assert command("train.py", *SMALL, "--steps", 9, "--out", out) is None      # with room again, the same command continues
     assert [line["step"] for line in log_of(out)] == list(range(1, 10))
@@ -1916,7 +1937,7 @@ def test_full_disk_is_named_by_the_log_too(tmp_path):
     """A line of log.jsonl that finds no room names the file."""
     log = train.Log(tmp_path, 0, active=True)
     log.file = open("/dev/full", "ab", buffering=0)
-    with pytest.raises(OSError, match=r"/dev/full: could not be written \(.*No space left on device\); make room"):
+    with pytest.raises(OSError, match=r"/dev/full: could not be written \(.*No space left on device\); what was there before is whole"):
         log.write(1, loss=0.5)
 
 
@@ -2057,7 +2078,7 @@ def test_run_of_two_processes_survives_the_death_of_one(tmp_path, capsys):
     (["--model-args", "num_classes=5"], "num_classes follows from the data"),
     (["--model-args", "patch_size=0"], "uvit_tiny: "),
     (["--label-dropout", "-0.1"], "--label-dropout -0.1: must be 0 to 1"),
-    (["--seed", "-1"], "--seed -1: must be at least 0"),
+    (["--seed", "-1"], "--seed -1: must be 0 to 9223372036854775807"),
     (["--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
     (["--schedule", "sd"], "is of another run: its schedule is vp, here sd"),
     (["--batch-size", "9", "--accumulate", "2"], "does not divide"),
@@ -2066,6 +2087,28 @@ def test_run_of_two_processes_survives_the_death_of_one(tmp_path, capsys):
     (["--cfg", "2", "--label-dropout", "0"], "--cfg 2.0: guidance needs labels"),
     (["--model-args", "width=64"], "is of another run: its width is 32, here 64"),
     (["--no-class-cond"], "is of another run: its num_classes is 10, here 0"),
+    (["--seed", str(2**63)], "must be 0 to 9223372036854775807"),
+    (["--lr", "nan"], "--lr nan: must be finite"),
+    (["--lr", "inf"], "--lr inf: must be finite"),
+    (["--cfg", "nan"], "--cfg nan: must be finite"),
+    (["--betas", "nan", "0.9"], "--betas [nan, 0.9]: must be finite"),
+    (["--betas", "2", "3"], "Invalid beta parameter at index 0: 2.0"),
+    (["--ema", "1.5"], "--ema 1.5: must be 0 to 1"),
+    (["--weight-decay", "-1"], "--weight-decay -1.0: must be at least 0"),
+    (["--warmup", "-1"], "--warmup -1: must be at least 0"),
+    (["--workers", "-2"], "--workers -2: must be at least 0"),
+    (["--save-every", "0"], "--save-every 0: must be at least 1"),
+    (["--log-every", "0"], "--log-every 0: must be at least 1"),
+    (["--sample-every", "-1"], "--sample-every -1: must be at least 0"),
+    (["--sample-steps", "0"], "--sample-steps 0: must be at least 1"),
+    (["--image-size", "0"], "--image-size 0: must be at least 1"),
+    (["--accumulate", "16"], "--batch-size 8 does not divide by 1 processes x --accumulate 16"),
+    (["--data", __file__], "test_all.py: not a folder; --data takes cifar10"),
+    (["--model-args", "image_size=24"], "image_size follows from the data"),
+    (["--model-args", "heads=0"], "uvit_tiny: "),
+    (["--model-args", "depth=foo"], "uvit_tiny: "),
+    (["--model-args", "width=33"], "width 33 is not a multiple of heads"),
+    (["--model-args", "skip=nope"], "skip 'nope' is none of"),
 ])
 def test_train_says_what_is_wrong_in_one_line(run, change, message):
     """Bad names, sizes and another run's folder: exit code not 0, one line, the run untouched."""
@@ -2073,6 +2116,116 @@ def test_train_says_what_is_wrong_in_one_line(run, change, message):
     error = command("train.py", *SMALL, "--out", run, *change)
     assert error.startswith("train.py: ") and message in error and "\n" not in error
     assert (run / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("script, arguments, message", [
+    ("train.py", [*SMALL, "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    ("train.py", [*SMALL, "--batch-size", "8.5"], "argument --batch-size: invalid int value: '8.5'"),
+    ("train.py", [*SMALL, "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    ("train.py", [*SMALL, "--betas", "0.9"], "argument --betas: expected 2 arguments"),
+    ("train.py", [*SMALL, "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+    ("train.py", [*SMALL, "--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
+    ("train.py", [*SMALL, "--schedule", "cosine"], "argument --schedule: invalid choice: 'cosine'"),
+    ("train.py", [*SMALL, "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
+    ("train.py", [*SMALL, "--epochs", "3"], "unrecognized arguments: --epochs 3"),
+    ("train.py", ["--model", "uvit_tiny"], "the following arguments are required: --data"),
+    ("sample.py", ["--ckpt", "x", "--num", "1.5"], "argument --num: invalid int value: '1.5'"),
+    ("sample.py", ["--ckpt", "x", "--cfg", "high"], "argument --cfg: invalid float value: 'high'"),
+    ("sample.py", ["--ckpt", "x", "--sampler", "heun"], "argument --sampler: invalid choice: 'heun'"),
+    ("sample.py", ["--ckpt", "x", "--walk", "far"], "argument --walk: invalid choice: 'far'"),
+    ("sample.py", ["--ckpt", "x", "--sweep"], "argument --sweep: expected at least one argument"),
+    ("sample.py", ["--ckpt", "x", "--verbose"], "unrecognized arguments: --verbose"),
+    ("data.py", ["encode", "--images", "x"], "the following arguments are required: --out"),
+    ("data.py", ["encode", "--images", "x", "--out", "y", "--image-size", "big"], "argument --image-size: invalid int value: 'big'"),
+    ("data.py", ["encode", "--images", "x", "--out", "y", "--type", "int8"], "argument --type: invalid choice: 'int8'"),
+    ("data.py", ["encode", "--images", "x", "--out", "y", "--fast"], "unrecognized arguments: --fast"),
+    ("data.py", ["decode"], "invalid choice: 'decode'"),
+])
+def test_flags_of_wrong_names_and_types_are_named(tmp_path, monkeypatch, capsys, script, arguments, message):
+    """An unknown flag, and a value of another type: exit code 2 and a line that names it, below the usage; no file is made."""
+    monkeypatch.chdir(tmp_path)
+    assert command(script, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[-1] and "Traceback" not in error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda root: root.mkdir(), "holds no image that Pillow reads"),
+    (lambda root: (root / "empty").mkdir(parents=True), "empty: class folder without an image; remove it or fill it"),
+    (lambda root: (write_images(root), write_images(root / "cats")), "holds images beside folders (cats, ..); keep either"),
+    (lambda root: (write_images(root), (root / "4.png").touch()), "4.png: not a readable image"),
+    (lambda root: (write_images(root), (root / "5.jpg").write_text("no picture")), "5.jpg: not a readable image"),
+    (lambda root: (write_images(root), (root / "2.png").write_bytes((root / "2.png").read_bytes()[:-40])), "2.png: not a readable image"),
+    (lambda root: (write_images(root), Image.new("RGB", (64, 64)).save(root / "6.jpg"), os.truncate(root / "6.jpg", 400)), "6.jpg: not a readable image"),
+    (lambda root: (root.mkdir(), (root / "encoding.json").write_text("{}")), "its encoding.json is not one of data.py encode"),
+])
+def test_training_names_what_it_can_not_read(tmp_path, make, message):
+    """Empty folders, and files that are torn or no images: one line that names them, before anything is written."""
+    make(tmp_path / "images")
+    error = command("train.py", *SMALL, "--data", tmp_path / "images", "--image-size", "16", "--out", tmp_path / "out")
+    assert error.startswith("train.py: ") and message in error and "\n" not in error and not (tmp_path / "out").exists()
+
+
+def test_training_reads_odd_images(tmp_path):
+    """One pixel, CMYK, 16 bits, transparency, an animation (its first picture), one row of pixels: all are images to train on."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "images" / "pixel.png")
+    Image.new("CMYK", (9, 7)).save(tmp_path / "images" / "print.jpg")
+    Image.fromarray(np.full((9, 7), 65535, np.uint16)).save(tmp_path / "images" / "deep.png")
+    Image.new("RGBA", (20, 20)).save(tmp_path / "images" / "clear.png")
+    red, blue = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "images" / "moving.gif", save_all=True, append_images=[blue])
+    Image.new("L", (200, 1)).save(tmp_path / "images" / "row.bmp")
+    assert data.read_image(tmp_path / "images" / "moving.gif", 16)[:, 8, 8].tolist() == [255, 0, 0]
+    assert command("train.py", *SMALL, "--steps", 1, "--data", tmp_path / "images", "--image-size", 16, "--out", tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("script, arguments", [("train.py", SMALL), ("sample.py", ["--num", 1, "--steps", 1, "--device", "cpu", "--ckpt"])])
+def test_folders_that_can_not_be_written_are_named(run, tmp_path, script, arguments):
+    """--out below a file, in a read-only file system, or a name that is taken: one line, and what is there stays. (Root may write anywhere else.)"""
+    (tmp_path / "file").write_text("hours of work")
+    for out in (tmp_path / "file", tmp_path / "file" / "x", "/proc/x"):
+        error = command(script, *arguments, *[run / "checkpoint.pt"] * (script == "sample.py"), "--out", out)
+        assert error.startswith(f"{script}: ") and str(out) in error and "\n" not in error
+        assert "another --out" in error or "not an empty folder" in error
+    assert (tmp_path / "file").read_text() == "hours of work"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.pop("optimizer"), "does not fit this version of uvit_tiny or train.py ('optimizer'); give another --out"),
+    (lambda state: state["model"].pop("pos_embed"), 'Missing key(s) in state_dict: "pos_embed"'),
+    (lambda state: state["ema"].update(pos_embed=torch.zeros(1, 3, 32)), "size mismatch for pos_embed"),
+    (lambda state: state.pop("shape"), "not a checkpoint of train.py, or of another version"),
+    (lambda state: state.update(code=Explosive()), "no checkpoint can be read"),
+])
+def test_checkpoint_of_another_version_is_not_continued(run, tmp_path, monkeypatch, change, message):
+    """A checkpoint that lacks parts, of a network that has since changed, or with code in it: one line, and the code is not run."""
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(run / "checkpoint.pt")
+    change(state)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    error = command("train.py", *SMALL, "--out", tmp_path)
+    assert error.startswith("train.py: ") and message in error and "\n" not in error
+    assert [p.suffix for p in tmp_path.iterdir()] in ([".pt"], [".damaged"])
+
+
+def test_batch_that_processes_can_not_share_is_refused(tmp_path, monkeypatch):
+    """Eight images do not divide by three processes, nor by sixteen."""
+    for world in (3, 16):
+        monkeypatch.setattr(train.Processes, "__init__", lambda self, device: vars(self).update(rank=0, world=world, device=torch.device(device)))
+        with pytest.raises(ValueError, match=f"--batch-size 8 does not divide by {world} processes"):
+            train.main([*SMALL, "--out", str(tmp_path)])
+
+
+@slow
+def test_more_processes_than_images(tmp_path):
+    """Two processes train on one image, and draw one."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    result = shell(*torchrun, "train.py", *SMALL, "--data", write_images(tmp_path / "one", 1), "--image-size", 16, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    result = shell(*torchrun, "sample.py", "--ckpt", tmp_path / "run" / "checkpoint.pt", "--num", 1, "--steps", 2, "--device", "cpu", "--out", tmp_path / "x.npz")
+    assert result.returncode == 0, result.stderr
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 16, 16, 3)
 
 
 @slow
@@ -2377,12 +2530,6 @@ def test_imagenet_classes_have_names():
     assert sample.parse_labels("207,golden retriever, tench", source) == [207, 207, 0]
 
 
-class Explosive:
-    """What a malicious file would hold: code that runs when it is unpickled."""
-    def __reduce__(self):
-        return os.system, ("touch exploded",)
-
-
 @pytest.mark.parametrize("arguments, message", [
     ([], "give either --ckpt"),
     (["--ckpt", "none.pt"], "none.pt: no such checkpoint"),
@@ -2396,7 +2543,26 @@ class Explosive:
     (["--weights", "bare.pth", "--model", "uvit_s9", "--data", "cifar10"], "unknown model 'uvit_s9'"),
     (["--weights", "bare.pth", "--model", "uvit_s2", "--data", "cifar10"], "does not fit the model: "),
     (["--weights", "bare.pth", "--model", "uvit_s2", "--data", "cifar"], "cifar: no such data set or folder"),
-    (["--ckpt", "good.pt", "--seed", "-1"], "--seed -1: must be at least 0"),
+    (["--ckpt", "good.pt", "--seed", "-1"], "--seed -1: must be 0 to 9223372036854775807"),
+    (["--ckpt", "good.pt", "--seed", str(2**63)], "must be 0 to 9223372036854775807"),
+    (["--ckpt", "good.pt", "--cfg", "nan"], "--cfg nan: must be finite"),
+    (["--ckpt", "good.pt", "--sweep", "1", "inf"], "--sweep [1.0, inf]: must be finite"),
+    (["--ckpt", "good.pt", "--cfg", "2", "--cfg-channels", "0"], "--cfg-channels 0: must be at least 1"),
+    (["--ckpt", "good.pt", "--cfg", "2", "--cfg-channels", "4"], "--cfg-channels 4: good.pt has 3 channels"),
+    (["--ckpt", "good.pt", "--labels", "²"], "--labels ²: the model has classes 0 to 9"),
+    (["--ckpt", "good.pt", "--labels", "1,,2"], "--labels : the model has classes 0 to 9"),
+    (["--ckpt", "good.pt", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["--ckpt", "good.pt", "--num", str(10**13)], "10000000000000 images take 15360000.0 GB while they are made, and "),
+    (["--ckpt", "good.pt", "--prompt", "a cat"], "--prompt: good.pt takes no text"),
+    (["--ckpt", "good.pt", "--walk", "condition"], "give two --labels or two texts"),
+    (["--ckpt", "good.pt", "--sweep", "1", "--walk", "noise"], "give one of them"),
+    (["--ckpt", "good.pt", "--weights", "bare.pth"], "give either --ckpt"),
+    (["--ckpt", "."], "Is a directory: '.'"),
+    (["--ckpt", "code.pth"], "code.pth: damaged, or not a checkpoint"),
+    (["--ckpt", "old.pt"], "old.pt: not a checkpoint of train.py, or of another version"),
+    (["--weights", "none.pth", "--model", "uvit_s2", "--data", "cifar10"], "none.pth: no such file of weights"),
+    (["--weights", "bare.pth", "--model", "dit_s2", "--data", "cifar10"], "does not fit the model: "),
+    (["--weights", "torn.pt", "--model", "uvit_s2", "--data", "cifar10"], "torn.pt: not a file of weights alone, or damaged"),
     (["--ckpt", "good.pt", "--sampler", "dpm_solver", "--num", "3", "--labels", "1,-2"], "--labels -2"),
     (["--ckpt", "good.pt", "--sampler", "ddpm", "--steps", "0"], "--steps 0: must be at least 1"),
     (["--weights", "code.pth", "--model", "uvit_s2", "--data", "cifar10"], "code.pth: not a file of weights alone"),
@@ -2410,10 +2576,19 @@ def test_sample_says_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, argum
     torch.save(train.build("uvit_tiny", {}).state_dict(), "bare.pth")
     torch.save(Explosive(), "code.pth")
     torch.save([1, 2], "list.pth")
+    torch.save({key: value for key, value in torch.load("good.pt").items() if key != "shape"}, "old.pt")
     before = set(tmp_path.iterdir())
     error = command("sample.py", *arguments, "--device", "cpu", "--out", tmp_path / "x.png")
     assert error.startswith("sample.py: ") and message in error and "\n" not in error
     assert set(tmp_path.iterdir()) == before
+
+
+def test_full_disk_leaves_no_half_of_a_file_of_samples(run, tmp_path):
+    """Where an .npz finds no room half-way, one line says so, and nothing is left of it."""
+    with largest_file(20 * 16 * 16 * 3 + 200):
+        error = command("sample.py", "--ckpt", run / "checkpoint.pt", "--steps", 1, "--device", "cpu", "--num", 20, "--out", tmp_path / "x.npz")
+    assert error.startswith(f"sample.py: {tmp_path}/x.npz: could not be written ([Errno 27] File too large)") and "\n" not in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_guidance_needs_a_null_label(tmp_path):

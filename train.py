@@ -112,10 +112,14 @@ def recipe(model, dataset):
 
 def check_bounds(values):
     """Raise ValueError where a number ({flag: value}) makes no sense. Serves sample.py as well."""
+    for flag, value in values.items():
+        if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be finite")
     for low, high, flags in [
-        (1, math.inf, "steps batch_size accumulate image_size log_every save_every sample_steps num"),
-        (0, math.inf, "lr warmup weight_decay clip_grad workers seed sample_every"),
+        (1, math.inf, "steps batch_size accumulate image_size log_every save_every sample_steps num cfg_channels"),
+        (0, math.inf, "lr warmup weight_decay clip_grad workers sample_every"),
         (0, 1, "ema label_dropout"),
+        (0, 2**63 - 1, "seed"),
     ]:
         for flag in flags.split():
             if values.get(flag) is not None and not low <= values[flag] <= high:
@@ -196,7 +200,7 @@ def model_arguments(config, dataset):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--model-args {item}: expected KEY=VALUE")
-        if key in ("num_classes", "null_class", "text_tokens", "text_dim", "checkpoint"):
+        if key in ("image_size", "in_channels", "num_classes", "null_class", "text_tokens", "text_dim", "checkpoint"):
             raise ValueError(f"--model-args {item}: {key} follows from the data, --class-cond, --label-dropout and "
                              "--grad-checkpoint")
         try:
@@ -283,8 +287,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise OSError(f"{path}: could not be written ({error}); make room or give another --out; a checkpoint from "
-                      "before is whole") from None
+        raise OSError(f"{path}: could not be written ({error}); what was there before is whole; make room or give "
+                      "another --out") from None
 
 
 def write_checkpoint(state, path):
@@ -324,8 +328,10 @@ def read_checkpoint(path):
         raise                       # the machine's fault, not the file's
     except Exception as error:      # whatever zipfile, pickle and torch make of arbitrary bytes
         raise Damaged(f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict) or not {"model", "ema", "step", "config", "model_args"} <= state.keys():
-        raise ValueError(f"{path}: not a checkpoint of train.py; give a file of weights alone to sample.py --weights")
+    needed = {"model", "ema", "step", "config", "model_args", "shape", "class_names", "encoding", "null"}
+    if not isinstance(state, dict) or not needed <= state.keys():
+        raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it; give a file of weights alone "
+                         "to sample.py --weights")
     return state
 
 
@@ -464,14 +470,18 @@ def main(argv=None):
     out, start, skipped = Path(config.out), 0, 0
     state = resume(out, config, arguments, lead)
     if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"] and scaler.is_enabled():
+                scaler.load_state_dict(state["scaler"])
+            start, skipped = state["step"], state["skipped"]
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"{out}: its checkpoint does not fit this version of {config.model} or train.py "
+                             f"({data.one_line(error)}); give another --out") from None
         for group in optimizer.param_groups:    # it brought the values of then: those of now count
             group["betas"], group["weight_decay"] = tuple(config.betas), config.weight_decay
-        if state["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-        start, skipped = state["step"], state["skipped"]
         del state
     if here.highest(start) != -here.highest(-start):
         raise ValueError(f"the processes found different checkpoints in {out}: all machines must see the same folder")
@@ -602,3 +612,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; the same command continues after the last checkpoint")
