@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -84,6 +85,25 @@ def relative(a, b):
 def same(a, b):
     """Two state dicts hold the same numbers, to the last bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def for_all(number=25, **kinds):
+    """A test of a property, on so many examples that hypothesis chooses, always the same ones: for_all(n=(1, 9), w=(0.0, 1.0), name=["a", "b"]).
+
+    Two integers or floats are a range, with both ends; a list is a choice. Skipped where hypothesis is not installed.
+    """
+    try:
+        from hypothesis import given, settings, strategies
+    except ImportError:
+        return pytest.mark.skip(reason="pip install hypothesis")
+
+    def strategy(kind):
+        if isinstance(kind, list):
+            return strategies.sampled_from(kind)
+        return (strategies.integers if isinstance(kind[0], int) else strategies.floats)(*kind)
+
+    examples = given(**{name: strategy(kind) for name, kind in kinds.items()})
+    return lambda test: settings(max_examples=number, derandomize=True, deadline=None, database=None)(examples(test))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,6 +200,14 @@ def test_uvit_patches_fold_back_to_where_they_were_cut():
     identity = torch.eye(p * p * channels).view(-1, p, p, channels).permute(0, 3, 1, 2)    # token element (row, column, channel)
     embed.proj.weight.data, embed.proj.bias.data = identity, torch.zeros(p * p * channels)
     assert torch.allclose(uvit.unpatchify(embed(image), (2, 5), p), image)
+
+
+@for_all(network=[uvit, dit], rows=(1, 7), columns=(1, 7), patch=(1, 5), channels=(1, 8))
+def test_any_rectangle_is_the_same_after_patches(network, rows, columns, patch, channels):
+    """Token i * columns + j holds the patch in row i and column j, channels last; unpatchify puts every one back, U-ViT's and DiT's."""
+    p, image = patch, torch.randn(2, channels, rows * patch, columns * patch)
+    tokens = [image[:, :, i * p:(i + 1) * p, j * p:(j + 1) * p].permute(0, 2, 3, 1).flatten(1) for i in range(rows) for j in range(columns)]
+    assert torch.equal(network.unpatchify(torch.stack(tokens, dim=1), (rows, columns), p), image)
 
 
 def test_uvit_takes_rectangles():
@@ -675,6 +703,15 @@ def test_udit_folds_without_a_change(arguments):
     assert {p.data_ptr() for p in folded.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
 
 
+@for_all(6, height=[8, 16, 24], width=[8, 16], downsample=["tokens", "kv", "none"], downsampler=["shortcut", "conv", "shuffle"],
+         **dict.fromkeys(["cosine", "rotary", "ffn_conv", "reparam", "learn_sigma"], [False, True]))
+@torch.no_grad()
+def test_udit_folds_in_any_combination(height, width, **ablations):
+    """Whatever tricks are left out together, and for any rectangle, fold() computes the same to 1e-5."""
+    model, batch = filled_udit(image_size=(height, width), depths=(1, 1, 1, 1, 1), num_classes=5, **ablations)
+    assert relative(model.fold()(*batch), model(*batch)) < 1e-5
+
+
 @torch.no_grad()
 def test_udit_modes_change_no_weight():
     """train() and eval(), with calls between, leave every weight as it is, and both modes compute the same: no label is dropped inside."""
@@ -991,6 +1028,21 @@ def test_schedule_keeps_variance_and_only_loses_signal(schedule):
     assert relative(schedule.beta(middle), slope) < 1e-6
 
 
+@for_all(schedule=[VP, SD, DDPM], s=(0.0, 1.0), t=(0.0, 1.0), n=(1, 1000), u=(0.0, 0.999))
+def test_schedule_holds_at_any_time(schedule, s, t, n, u):
+    """At any times s <= t: alpha^2 + sigma^2 = 1, log-SNR is higher at s, time() undoes it, model_time is linear; steps are trained on alone."""
+    s, t = sorted([s, t])
+    alpha, sigma = schedule.alpha_sigma(t)
+    assert abs(alpha**2 + sigma**2 - 1) < 1e-15
+    assert schedule.half_log_snr(s) >= schedule.half_log_snr(t) and (t - s < 1e-9 or schedule.half_log_snr(s) > schedule.half_log_snr(t))
+    assert abs(schedule.time(schedule.half_log_snr(t)) - t) < 1e-13 or t < schedule.t_min
+    scale, offset = {VP: (999, 0), SD: (1000, 0), DDPM: (1000, -1)}[schedule]
+    assert abs((schedule.model_time(t) - offset) / scale - t) < 1e-15
+    if schedule is not VP:
+        time = schedule.training_time(torch.tensor((n - 1 + u) / 1000, dtype=torch.float64))
+        assert time == n / 1000 and schedule.model_time(time).round() == n + offset
+
+
 @pytest.mark.parametrize("schedule, t, alpha_bar", [
     (VP, [0.001, 0.125875, 0.5005, 1.0], [0.9998900560442797, 0.8434619982518934, 0.07866731764583161, 4.318574906034135e-05]),
     (SD, [0.001, 0.002, 0.5, 1.0], [0.99915, 0.9982960278384514, 0.27766965045646763, 0.004660098513077238]),
@@ -1151,6 +1203,19 @@ def test_guidance_mixes_both_halves_in_one_call():
     assert text(x, 0.5).unique().tolist() == [2]
 
 
+@for_all(a=(-10.0, 10.0), b=(-10.0, 10.0), channels=(1, 4), size=(1, 5), learned=[False, True])
+def test_guidance_is_linear_in_its_weight(a, b, channels, size, learned):
+    """Between any two weights the guided noise lies on the line through both; channels that are not guided, and the variance, never move."""
+    x, y, scale = torch.randn(2, 4, size, 3, dtype=torch.float64), torch.tensor([1, 2]), torch.randn(11, dtype=torch.float64)
+
+    def network(x, t, y):
+        return (scale[y].view(-1, 1, 1, 1) + x).sin().repeat(1, 1 + learned, 1, 1)
+
+    at_a, at_b, middle, none = (diffusion.guide(network, DDPM, y, 10, w, channels)(x, 0.5) for w in (a, b, (a + b) / 2, 1.0))
+    assert (middle - (at_a + at_b) / 2).abs().max() < 1e-12
+    assert torch.equal(at_a[:, channels:], none[:, channels:]) and none.shape == (2, 8 if learned else 4, size, 3)
+
+
 def test_guidance_of_weight_one_costs_one_pass():
     """w = 1 calls the network once, on the batch alone; another w without a null condition raises."""
     sizes = []
@@ -1285,6 +1350,22 @@ def test_images_are_cropped_at_the_centre(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     assert data.read_image(tmp_path / "wide.png", 16).float().mean() > 250
     assert data.read_image(tmp_path / "wide.png", 32).min() == 255     # no scaling: pixel for pixel
+
+
+@for_all(width=(1, 90), height=(1, 90), size=(1, 40), grey=(0, 255))
+def test_image_of_any_size_is_cropped_to_a_square(width, height, size, grey):
+    """Any rectangle becomes size x size, a constant one keeps its colour, and one whose short side is `size` its pixels in the middle."""
+    def read(image, size):
+        file = io.BytesIO()
+        image.save(file, "png")
+        return data.read_image(file, size)
+
+    plain = read(Image.new("RGB", (width, height), (grey, 0, 255)), size)
+    assert plain.shape == (3, size, size) and plain.dtype == torch.uint8
+    assert torch.equal(plain, torch.tensor([grey, 0, 255], dtype=torch.uint8).view(3, 1, 1).expand_as(plain))
+    pixels, short = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8), min(width, height)
+    top, left = (height - short) // 2, (width - short) // 2
+    assert torch.equal(read(Image.fromarray(pixels), short).permute(1, 2, 0), torch.from_numpy(pixels[top:top + short, left:left + short]))
 
 
 @pytest.mark.parametrize("make, message", [
@@ -1756,6 +1837,19 @@ def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path):
     assert [line["loss"] for line in log_of(run)] == [line["loss"] for line in log_of(tmp_path)]
 
 
+def test_one_seed_is_one_run(run, tmp_path):
+    """The same seed gives the same weights and samples, bit for bit, and another seed others; --deterministic changes no bit on a CPU."""
+    try:
+        train.main([*SMALL, "--deterministic", "--out", str(tmp_path / "again")])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    train.main([*SMALL, "--seed", "1", "--out", str(tmp_path / "other")])
+    assert_same_run(tmp_path / "again", run, 6)
+    images = [sampled(out, tmp_path / "x.npz", "--num", 5)[0] for out in (run, tmp_path / "again", tmp_path / "other")]
+    assert (images[0] == images[1]).all() and (images[0] != images[2]).mean() > 0.1
+
+
 def test_accumulation_changes_nothing_but_memory(run, tmp_path):
     """Four passes of two images give the losses of one pass of eight, up to rounding; so does gradient checkpointing."""
     train.main([*SMALL, "--accumulate", "4", "--grad-checkpoint", "--out", str(tmp_path)])
@@ -1926,7 +2020,8 @@ def test_full_disk_keeps_the_checkpoint_before(run, tmp_path):
     out = shutil.copytree(run, tmp_path / "run")
     with largest_file((out / "checkpoint.pt").stat().st_size // 2):
         error = command("train.py", *SMALL, "--steps", 9, "--out", out)
-    assert error.startswith(f"train.py: {out}/checkpoint.pt: could not be written ([Errno 27] File too large); what was there before is whole; make room")
+    assert error == (f"train.py: {out}/checkpoint.pt: could not be written ([Errno 27] File too large); make room or give another --out; "
+                     "the checkpoint before it is whole")
     assert (out / "checkpoint.pt").read_bytes() == (run / "checkpoint.pt").read_bytes() and not (out / "checkpoint.tmp").exists()
     assert command("train.py", *SMALL, "--steps", 9, "--out", out) is None      # with room again, the same command continues
     assert [line["step"] for line in log_of(out)] == list(range(1, 10))
@@ -1937,7 +2032,7 @@ def test_full_disk_is_named_by_the_log_too(tmp_path):
     """A line of log.jsonl that finds no room names the file."""
     log = train.Log(tmp_path, 0, active=True)
     log.file = open("/dev/full", "ab", buffering=0)
-    with pytest.raises(OSError, match=r"/dev/full: could not be written \(.*No space left on device\); what was there before is whole"):
+    with pytest.raises(OSError, match=r"/dev/full: could not be written \(.*No space left on device\); make room or give another --out"):
         log.write(1, loss=0.5)
 
 
@@ -2156,7 +2251,7 @@ def test_flags_of_wrong_names_and_types_are_named(tmp_path, monkeypatch, capsys,
     (lambda root: (write_images(root), (root / "4.png").touch()), "4.png: not a readable image"),
     (lambda root: (write_images(root), (root / "5.jpg").write_text("no picture")), "5.jpg: not a readable image"),
     (lambda root: (write_images(root), (root / "2.png").write_bytes((root / "2.png").read_bytes()[:-40])), "2.png: not a readable image"),
-    (lambda root: (write_images(root), Image.new("RGB", (64, 64)).save(root / "6.jpg"), os.truncate(root / "6.jpg", 400)), "6.jpg: not a readable image"),
+    (lambda root: (root.mkdir(), Image.new("RGB", (64, 64)).save(root / "6.jpg"), os.truncate(root / "6.jpg", 400)), "6.jpg: not a readable"),
     (lambda root: (root.mkdir(), (root / "encoding.json").write_text("{}")), "its encoding.json is not one of data.py encode"),
 ])
 def test_training_names_what_it_can_not_read(tmp_path, make, message):
@@ -2223,7 +2318,8 @@ def test_more_processes_than_images(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     result = shell(*torchrun, "train.py", *SMALL, "--data", write_images(tmp_path / "one", 1), "--image-size", 16, "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
-    result = shell(*torchrun, "sample.py", "--ckpt", tmp_path / "run" / "checkpoint.pt", "--num", 1, "--steps", 2, "--device", "cpu", "--out", tmp_path / "x.npz")
+    result = shell(*torchrun, "sample.py", "--ckpt", tmp_path / "run" / "checkpoint.pt", "--num", 1, "--steps", 2, "--device", "cpu",
+                   "--out", tmp_path / "x.npz")
     assert result.returncode == 0, result.stderr
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 16, 16, 3)
 
@@ -2286,6 +2382,59 @@ def test_other_families_learn_shapes(tmp_path, capsys, model):
     """So do the tiny DiT and U-DiT, by the same rule, in twenty minutes each on two idle cores."""
     _, seconds, right, clean = learn_shapes(model, tmp_path, capsys)
     assert right >= 80 and clean >= 60 and seconds < 1200
+
+
+def watched(progress, *arguments):
+    """Run Python on one thread and look at it five times a second (Linux): arrays of its progress, MB of memory, open files and CPU seconds.
+
+    The fifth array is the CPU time of a fixed piece of work done beside it: it tells how fast the machine was just then.
+    """
+    matrix = np.ones((256, 256))
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seen, proc = [], Path(f"/proc/{process.pid}")
+    while process.poll() is None:
+        with contextlib.suppress(OSError):      # it has just ended
+            pages = int((proc / "statm").read_text().split()[1])
+            cpu = sum(map(int, (proc / "stat").read_text().rsplit(")")[-1].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+            began = time.thread_time()
+            for _ in range(5):
+                np.cumsum(np.sin(matrix))
+            seen.append((progress(), pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(proc / "fd")), cpu, time.thread_time() - began))
+        time.sleep(0.2)
+    assert process.returncode == 0
+    return np.array(seen).T
+
+
+@by_hand
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_soak(tmp_path, capsys):
+    """20,000 steps and 20,000 images: memory and open files do not grow over the last half; the last tenth is as fast as the first, to 5 %.
+
+    The network is narrowed to 32, the batch is the recipe's; a thousand reports, twenty checkpoints and grids. Speed is CPU time, in units of a fixed
+    piece of work done beside it, because other programs slow both down. SOAK=1000 in the environment makes it a thousand of each.
+    """
+    number = int(os.environ.get("SOAK", 20_000))
+    out, images, part = tmp_path / "run", tmp_path / "images", number // 1000
+    training = watched(lambda: steps_logged(out) / 1000, "train.py", *SMALL[:7], "--steps", number, "--log-every", part, "--save-every", 50 * part,
+                       "--sample-every", 50 * part, "--device", "cpu", "--out", out)
+    sampling = watched(lambda: len(os.listdir(images)) / number if images.exists() else 0, "sample.py", "--ckpt", out / "checkpoint.pt",
+                       "--num", number, "--steps", 20, "--sampler", "dpm_solver", "--device", "cpu", "--out", images)
+    progress, _, _, cpu, unit = training
+    tenths = [(progress >= begin) & (progress < begin + 0.1) for begin in (0.02, 0.9)]      # the first steps are a warm-up
+    first, last = (np.ptp(cpu[tenth]) / np.ptp(progress[tenth]) for tenth in tenths)
+    machine = np.mean(unit[tenths[1]]) / np.mean(unit[tenths[0]])
+    slower = last / first / machine - 1
+    lines = [f"last tenth against the first: {slower:+.1%} time ({last / first - 1:+.1%} of CPU, the machine itself {machine - 1:+.1%})"]
+    for name, (progress, memory, files, *_) in (("steps", training), ("images", sampling)):
+        middle, end = (progress >= 0.5) & (progress < 0.6), progress >= 0.9
+        grown, opened = np.median(memory[end]) / np.median(memory[middle]) - 1, np.median(files[end]) - np.median(files[middle])
+        lines.append(f"{number} {name}: {np.median(memory[end]):.0f} MB, {grown:+.2%} since the middle; "
+                     f"{np.median(files[end]):.0f} files open, {opened:+.0f}")
+        assert grown < 0.01 and opened <= 0, lines
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+    assert slower < 0.05, lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ same command, it continues where it was.
 
 Whatever is random in step k (order, mirroring, times, noise, dropped labels) is a function of (seed, k), drawn for the
 whole batch and sliced by process. So N + M steps equal N, a stop, and M more: to the last bit on a CPU, and on a GPU up
-to the order in which its kernels add. Nor does a run depend on the number of processes, rounding apart.
+to the order in which its kernels add (--deterministic fixes it). Nor does a run depend on the number of processes,
+rounding apart.
 """
 import argparse
 import ast
@@ -93,7 +94,7 @@ RECIPES = {
     ("unet", "shapes"): dict(SHAPES, steps=2000, schedule="vp"),            # after 1588, 100 of 100 samples were right
 }
 COMMON = dict(accumulate=None, ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, log_every=100, sample_every=10_000,
-              save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=False)
+              save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=False, deterministic=False)
 PASS = 128      # images in a backward pass, at most, where --accumulate does not say otherwise
 
 
@@ -164,6 +165,9 @@ def parse(argv=None):
         help="autocast type (default bf16 on cuda, off on cpu, where it is seldom faster)")
     add("--compile", action=yes_no, help="torch.compile the model: a minute at the start, then faster steps on a GPU")
     add("--grad-checkpoint", action=yes_no, help="recompute activations in the backward pass: less memory, slower")
+    add("--deterministic", action=yes_no,
+        help="on a GPU, only kernels that add in a fixed order: two runs agree to the last bit, at some cost in speed "
+             "(on a CPU they always agree)")
     add("--workers", type=int, metavar="N", help="reading processes, for data too large for memory (default 4)")
     add = p.add_argument_group("run").add_argument
     add("--out", metavar="FOLDER", help="default runs/<model>-<data>")
@@ -287,8 +291,7 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise OSError(f"{path}: could not be written ({error}); what was there before is whole; make room or give "
-                      "another --out") from None
+        raise OSError(f"{path}: could not be written ({error}); make room or give another --out") from None
 
 
 def write_checkpoint(state, path):
@@ -299,9 +302,9 @@ def write_checkpoint(state, path):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(f"{error}; the checkpoint before it is whole") from None
     if path.exists():
         os.replace(path, path.with_name("previous.pt"))
     os.replace(temporary, path)
@@ -330,8 +333,8 @@ def read_checkpoint(path):
         raise Damaged(f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from None
     needed = {"model", "ema", "step", "config", "model_args", "shape", "class_names", "encoding", "null"}
     if not isinstance(state, dict) or not needed <= state.keys():
-        raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it; give a file of weights alone "
-                         "to sample.py --weights")
+        raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it; give a file of weights "
+                         "alone to sample.py --weights")
     return state
 
 
@@ -420,9 +423,10 @@ def draw_grid(model, schedule, config, dataset, null, autocast, decode, device, 
     with autocast:
         images = diffusion.generate(model, schedule, dataset.shape, indices, y, null, sampler=sampler, steps=steps,
                                     w=config.cfg, clip=config.clip_x0, seed=config.seed, device=device)
+    images = decode(images)
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        data.save_grid(decode(images), path, rows)
+        data.save_grid(images, path, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,6 +436,9 @@ def main(argv=None):
     config = parse(argv)
     here = Processes(config.device)
     device, lead = here.device, here.rank == 0
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # read when the first matrix is multiplied
+        torch.use_deterministic_algorithms(True)
     share = config.batch_size // here.world     # images of each step on this process
     if config.accumulate is None:
         config.accumulate = next(k for k in range(1, share + 2) if share % k == 0 and share // k <= PASS)
@@ -521,7 +528,7 @@ def main(argv=None):
     bar = tqdm(total=config.steps, initial=start, unit="step", disable=not lead,
                mininterval=1 if sys.stderr.isatty() else 30)
 
-    # These stay on the device, since reading them waits for it: steps whose gradient was not finite, and the others' losses.
+    # These stay on the device, since reading them waits for it: losses of finite steps, and the number of the others.
     loss_sum, bad_steps, bad_in_a_row = torch.zeros(3, device=device)
     logged_step = start
     clock = time.perf_counter()
