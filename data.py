@@ -603,11 +603,14 @@ def read_captions(path, root):
 def write_rows(path, first, rows):
     """Put an array (n, ..) into a .npy file of its type, from row `first` on; it is on the disk when this returns.
 
-    Written, not mapped: what is beside it on a page may be another process's, on another machine.
+    Written, not mapped: what is beside it on a page may be another process's, on another machine; and a full disk is
+    an OSError, not the end of the process. Raises ValueError where the rows are of another shape.
     """
-    offset = np.load(path, mmap_mode="r").offset        # the length of the header
+    array = np.load(path, mmap_mode="r")
+    if array.shape[1:] != rows.shape[1:]:
+        raise ValueError(f"{path}: made for rows of shape {array.shape[1:]}, not {rows.shape[1:]}")
     with open(path, "r+b") as file:
-        file.seek(offset + first * rows[0].nbytes)
+        file.seek(array.offset + first * rows[0].nbytes)    # after the header
         file.write(rows.tobytes())
         file.flush()
         os.fsync(file.fileno())

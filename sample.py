@@ -15,6 +15,7 @@ for an abbreviation of its own --numa-binding.
 import argparse
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,6 +163,8 @@ def open_source(args, device):
         model.compile()
     if encoding:
         encoding = {**encoding, **{k: v for k in ("autoencoder", "clip") if (v := getattr(args, k))}}
+    if args.cfg_channels and args.cfg_channels > shape[0]:
+        raise ValueError(f"--cfg-channels {args.cfg_channels}: {path} has {shape[0]} channels")
     classes = arguments["num_classes"]
     if classes == 1000 and (not names or names[0] == "n01440764"):      # ImageNet: by name, not by number in WordNet
         names = data.imagenet_names()
@@ -204,7 +207,7 @@ def parse_labels(text, source):
     names, labels = list(source.class_names), []
     for item in text.split(","):
         item = item.strip()
-        label = names.index(item) if item in names else int(item) if item.isdigit() else -1
+        label = names.index(item) if item in names else int(item) if item.isdecimal() else -1
         if not 0 <= label < source.num_classes:
             named = f", or {', '.join(names[:10])}{', ..' if len(names) > 10 else ''}" if names else ""
             raise ValueError(f"--labels {item}: the model has classes 0 to {source.num_classes - 1}{named}")
@@ -334,7 +337,7 @@ def main(argv=None):
         raise ValueError(f"--out {out}: give a name that ends in .png or .npz, or a folder's without a dot")
     if form == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder; images would be mixed up")
-    if form == ".npz" and out.exists():
+    if form == ".npz" and out.exists() or form == ".png" and out.is_dir():
         raise ValueError(f"--out {out}: exists already; remove it or give another name")
     if args.sweep:
         source.settings["w"] = max(args.sweep, key=lambda w: w != 1)        # checked with the conditions
@@ -342,32 +345,43 @@ def main(argv=None):
     if y is not None and form == ".png" and len(y) > 10 and not (args.labels or args.prompt):
         y = y[::math.ceil(len(y) / 10)]
     num, rows, jobs = plan(args, source, y, form)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    images = (num * len(jobs), *source.image_shape)
+    with train.writing(out):
+        (out if form == "folder" else out.parent).mkdir(parents=True, exist_ok=True)
+    needed, free = 2 * math.prod(images), shutil.disk_usage(out.parent).free
+    if form != "folder" and needed > free:
+        raise OSError(f"--out {out}: {num * len(jobs)} images take {needed / 1e9:.1f} GB while they are made, and "
+                      f"{free / 1e9:.1f} are free; make room or give another --out")
 
-    # Every process writes its rows into one file on disk, which the first one then puts into form.
+    # Every process writes its rows, job by job, into one file on disk, which the first one then puts into form.
     part = out.with_name(out.name + ".part.npy")
-    if form == "folder":
-        out.mkdir(exist_ok=True)
-    elif here.rank == 0:
-        np.lib.format.open_memmap(part, "w+", np.uint8, (num * len(jobs), *source.image_shape))
-    here.highest()      # wait for one another
     try:
+        if form != "folder" and here.rank == 0:
+            with train.writing(out):
+                np.lib.format.open_memmap(part, "w+", np.uint8, images)
+        here.highest()      # wait for one another
         for number, job in enumerate(jobs):
-            for indices, images in sampled(source, **job, num=num, batch_size=args.batch_size, here=here,
-                                           amp=args.amp == "bf16"):
-                if form == "folder":
-                    for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
-                        Image.fromarray(image).save(out / f"{i:06d}.png")
-                else:
-                    part_rows = np.load(part, mmap_mode="r+")
-                    part_rows[np.array(indices) * len(jobs) + number] = images.numpy()
-                    part_rows.flush()
+            for indices, batch in sampled(source, **job, num=num, batch_size=args.batch_size, here=here,
+                                          amp=args.amp == "bf16"):
+                with train.writing(out):
+                    if form == "folder":
+                        for i, image in zip(indices, batch.permute(0, 2, 3, 1).numpy()):
+                            Image.fromarray(image).save(out / f"{i:06d}.png")
+                    else:
+                        data.write_rows(part, number * num + indices.start, batch.numpy())
         here.highest()
         if here.rank == 0 and form == ".npz":
             labels = dict(arr_1=y.cpu().numpy()[np.arange(num) % len(y)]) if source.num_classes else {}
-            np.savez(out, arr_0=np.load(part, mmap_mode="r").transpose(0, 2, 3, 1), **labels)
-        elif here.rank == 0 and form == ".png":
-            data.save_grid(torch.from_numpy(np.load(part)), out, rows)
+            try:
+                with train.writing(out):
+                    np.savez(out, arr_0=np.load(part, mmap_mode="r").transpose(0, 2, 3, 1), **labels)
+            except OSError:
+                out.unlink(missing_ok=True)
+                raise
+        elif here.rank == 0 and form == ".png":     # image i of job j becomes row i * jobs + j
+            images = np.load(part).reshape(len(jobs), num, *source.image_shape).swapaxes(0, 1).reshape(images)
+            with train.writing(out):
+                data.save_grid(torch.from_numpy(images), out, rows)
     finally:
         if here.rank == 0:
             part.unlink(missing_ok=True)
@@ -384,3 +398,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sample.py: interrupted")

@@ -12,7 +12,8 @@ same command, it continues where it was.
 
 Whatever is random in step k (order, mirroring, times, noise, dropped labels) is a function of (seed, k), drawn for the
 whole batch and sliced by process. So N + M steps equal N, a stop, and M more: to the last bit on a CPU, and on a GPU up
-to the order in which its kernels add. Nor does a run depend on the number of processes, rounding apart.
+to the order in which its kernels add (--deterministic fixes it). Nor does a run depend on the number of processes,
+rounding apart.
 """
 import argparse
 import ast
@@ -93,7 +94,7 @@ RECIPES = {
     ("unet", "shapes"): dict(SHAPES, steps=2000, schedule="vp"),            # after 1588, 100 of 100 samples were right
 }
 COMMON = dict(accumulate=None, ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, log_every=100, sample_every=10_000,
-              save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=False)
+              save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=False, deterministic=False)
 PASS = 128      # images in a backward pass, at most, where --accumulate does not say otherwise
 
 
@@ -112,10 +113,14 @@ def recipe(model, dataset):
 
 def check_bounds(values):
     """Raise ValueError where a number ({flag: value}) makes no sense. Serves sample.py as well."""
+    for flag, value in values.items():
+        if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be finite")
     for low, high, flags in [
-        (1, math.inf, "steps batch_size accumulate image_size log_every save_every sample_steps num"),
-        (0, math.inf, "lr warmup weight_decay clip_grad workers seed sample_every"),
+        (1, math.inf, "steps batch_size accumulate image_size log_every save_every sample_steps num cfg_channels"),
+        (0, math.inf, "lr warmup weight_decay clip_grad workers sample_every"),
         (0, 1, "ema label_dropout"),
+        (0, 2**63 - 1, "seed"),
     ]:
         for flag in flags.split():
             if values.get(flag) is not None and not low <= values[flag] <= high:
@@ -160,6 +165,9 @@ def parse(argv=None):
         help="autocast type (default bf16 on cuda, off on cpu, where it is seldom faster)")
     add("--compile", action=yes_no, help="torch.compile the model: a minute at the start, then faster steps on a GPU")
     add("--grad-checkpoint", action=yes_no, help="recompute activations in the backward pass: less memory, slower")
+    add("--deterministic", action=yes_no,
+        help="on a GPU, only kernels that add in a fixed order: two runs agree to the last bit, at some cost in speed "
+             "(on a CPU they always agree)")
     add("--workers", type=int, metavar="N", help="reading processes, for data too large for memory (default 4)")
     add = p.add_argument_group("run").add_argument
     add("--out", metavar="FOLDER", help="default runs/<model>-<data>")
@@ -196,7 +204,7 @@ def model_arguments(config, dataset):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--model-args {item}: expected KEY=VALUE")
-        if key in ("num_classes", "null_class", "text_tokens", "text_dim", "checkpoint"):
+        if key in ("image_size", "in_channels", "num_classes", "null_class", "text_tokens", "text_dim", "checkpoint"):
             raise ValueError(f"--model-args {item}: {key} follows from the data, --class-cond, --label-dropout and "
                              "--grad-checkpoint")
         try:
@@ -277,17 +285,26 @@ class Processes:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Where the disk is full or the folder can not be written to: one line that names the file and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path}: could not be written ({error}); make room or give another --out") from None
+
+
 def write_checkpoint(state, path):
     """Write to a temporary file, then rename: at every moment a whole checkpoint.pt or previous.pt exists."""
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with writing(path), open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written ({error}); the checkpoint before it is whole") from None
+        raise OSError(f"{error}; the checkpoint before it is whole") from None
     if path.exists():
         os.replace(path, path.with_name("previous.pt"))
     os.replace(temporary, path)
@@ -314,8 +331,10 @@ def read_checkpoint(path):
         raise                       # the machine's fault, not the file's
     except Exception as error:      # whatever zipfile, pickle and torch make of arbitrary bytes
         raise Damaged(f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict) or not {"model", "ema", "step", "config", "model_args"} <= state.keys():
-        raise ValueError(f"{path}: not a checkpoint of train.py; give a file of weights alone to sample.py --weights")
+    needed = {"model", "ema", "step", "config", "model_args", "shape", "class_names", "encoding", "null"}
+    if not isinstance(state, dict) or not needed <= state.keys():
+        raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it; give a file of weights "
+                         "alone to sample.py --weights")
     return state
 
 
@@ -368,7 +387,7 @@ class Log:
             kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step)
             path.with_suffix(".tmp").write_text(kept)
             os.replace(path.with_suffix(".tmp"), path)
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "ab", buffering=0)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(out, purge_step=step + 1)
@@ -376,7 +395,8 @@ class Log:
     def write(self, step, **values):
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}     # JSON has no NaN
         if self.file:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            with writing(self.file.name):
+                self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, math.nan if value is None else value, step)
@@ -403,8 +423,10 @@ def draw_grid(model, schedule, config, dataset, null, autocast, decode, device, 
     with autocast:
         images = diffusion.generate(model, schedule, dataset.shape, indices, y, null, sampler=sampler, steps=steps,
                                     w=config.cfg, clip=config.clip_x0, seed=config.seed, device=device)
-    path.parent.mkdir(exist_ok=True)
-    data.save_grid(decode(images), path, rows)
+    images = decode(images)
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        data.save_grid(images, path, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,6 +436,9 @@ def main(argv=None):
     config = parse(argv)
     here = Processes(config.device)
     device, lead = here.device, here.rank == 0
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # read when the first matrix is multiplied
+        torch.use_deterministic_algorithms(True)
     share = config.batch_size // here.world     # images of each step on this process
     if config.accumulate is None:
         config.accumulate = next(k for k in range(1, share + 2) if share % k == 0 and share // k <= PASS)
@@ -452,14 +477,18 @@ def main(argv=None):
     out, start, skipped = Path(config.out), 0, 0
     state = resume(out, config, arguments, lead)
     if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"] and scaler.is_enabled():
+                scaler.load_state_dict(state["scaler"])
+            start, skipped = state["step"], state["skipped"]
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"{out}: its checkpoint does not fit this version of {config.model} or train.py "
+                             f"({data.one_line(error)}); give another --out") from None
         for group in optimizer.param_groups:    # it brought the values of then: those of now count
             group["betas"], group["weight_decay"] = tuple(config.betas), config.weight_decay
-        if state["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-        start, skipped = state["step"], state["skipped"]
         del state
     if here.highest(start) != -here.highest(-start):
         raise ValueError(f"the processes found different checkpoints in {out}: all machines must see the same folder")
@@ -467,8 +496,9 @@ def main(argv=None):
         here.close()
         return print(f"{out} is at step {start} already; for more give a larger --steps") if lead else None
     if lead:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
         print("\n".join(f"{key:>16} {value}" for key, value in vars(config).items()))
         print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
               f"{config.data}: {len(dataset)} images {dataset.shape}, {arguments['num_classes'] or 'no'} classes; "
@@ -498,7 +528,7 @@ def main(argv=None):
     bar = tqdm(total=config.steps, initial=start, unit="step", disable=not lead,
                mininterval=1 if sys.stderr.isatty() else 30)
 
-    # These stay on the device, since reading them waits for it: sum of losses, and steps whose gradient was not finite.
+    # These stay on the device, since reading them waits for it: losses of finite steps, and the number of the others.
     loss_sum, bad_steps, bad_in_a_row = torch.zeros(3, device=device)
     logged_step = start
     clock = time.perf_counter()
@@ -512,6 +542,7 @@ def main(argv=None):
                  torch.randn(n, *dataset.shape, **where),
                  torch.rand(n, **where) < config.label_dropout, *dataset.draws(n, generator)]
 
+        step_loss = 0
         for i, (t, noise, dropped, *augment) in enumerate(zip(*(draw[rows].split(micro) for draw in draws))):
             images, y = next(batches)
             x0 = dataset.prepare(images, *augment)
@@ -523,7 +554,7 @@ def main(argv=None):
                 with autocast:
                     loss = schedule.loss(network, x0, y, t, noise).mean() / config.accumulate
                 scaler.scale(loss).backward()
-            loss_sum = loss_sum + torch.where(torch.isfinite(loss), loss.detach(), 0)
+            step_loss = step_loss + loss.detach()
 
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
@@ -539,6 +570,7 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(config.ema, (1 + step) / (10 + step)))
+        loss_sum = loss_sum + torch.where(bad > 0, 0, step_loss)
         bad_steps, bad_in_a_row = bad_steps + bad, (bad_in_a_row + bad) * bad
         step += 1
         bar.update()
@@ -587,3 +619,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; the same command continues after the last checkpoint")
