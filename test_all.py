@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -2849,6 +2850,13 @@ def test_frechet_distance_is_the_published_tools():
     a, b, _ = vector_sets()
     assert fid.frechet_distance(*moments(a), *moments(b)) == pytest.approx(107.91284986772422, rel=1e-9)
     assert fid.frechet_distance(*moments(a[:40]), *moments(b[:30])) == pytest.approx(183.3301718134664, rel=1e-7)
+
+
+def test_frechet_distance_is_the_formula():
+    """With the square root of the product taken by SciPy, as the formula is written, the distance is the same."""
+    (m1, s1), (m2, s2) = (moments(x) for x in vector_sets()[:2])
+    formula = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+    assert fid.frechet_distance(m1, s1, m2, s2) == pytest.approx(formula, rel=1e-9)
 
 
 def test_frechet_distance_where_it_is_known():
