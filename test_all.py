@@ -705,7 +705,7 @@ def test_udit_folds_without_a_change(arguments):
     assert {p.data_ptr() for p in folded.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
 
 
-@for_all(6, height=[8, 16, 24], width=[8, 16], downsample=["tokens", "kv", "none"], downsampler=["shortcut", "conv", "shuffle"],
+@for_all(4, height=[8, 16, 24], width=[8, 16], downsample=["tokens", "kv", "none"], downsampler=["shortcut", "conv", "shuffle"],
          **dict.fromkeys(["cosine", "rotary", "ffn_conv", "reparam", "learn_sigma"], [False, True]))
 @torch.no_grad()
 def test_udit_folds_in_any_combination(height, width, **ablations):
@@ -1846,10 +1846,11 @@ def test_one_seed_is_one_run(run, tmp_path):
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    train.main([*SMALL, "--seed", "1", "--out", str(tmp_path / "other")])
+    train.main([*SMALL, "--steps", "1", "--seed", "1", "--out", str(tmp_path / "other")])
     assert_same_run(tmp_path / "again", run, 6)
-    images = [sampled(out, tmp_path / "x.npz", "--num", 5)[0] for out in (run, tmp_path / "again", tmp_path / "other")]
-    assert (images[0] == images[1]).all() and (images[0] != images[2]).mean() > 0.1
+    assert log_of(tmp_path / "other")[0]["loss"] != log_of(run)[0]["loss"]
+    one, again, other = (sampled(out, tmp_path / "x.npz", "--num", 2, "--seed", seed)[0] for out, seed in ((run, 0), (tmp_path / "again", 0), (run, 1)))
+    assert (one == again).all() and (one != other).mean() > 0.5
 
 
 def test_accumulation_changes_nothing_but_memory(run, tmp_path):

@@ -291,6 +291,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):     # torch's own, raised on the system's
+            error = error.__context__ or error
         raise OSError(f"{path}: could not be written ({error}); make room or give another --out") from None
 
 
