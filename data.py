@@ -8,7 +8,7 @@
     torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out data/imagenet256 --image-size 256
 
 Small sets (under 2 GiB as uint8) live on the training device, where mirroring and scaling cost next to nothing: reading
-CIFAR10's 50,000 PNGs took 9 s on two CPU cores, and a batch is one gather. Larger sets are read by DataLoader workers.
+CIFAR10 from 50,000 PNGs took 23 s on two CPU cores, and a batch is one gather. Larger sets are read by DataLoader workers.
 
 Order, and which of its captions an image comes with, are functions of the seed and the place in the stream of epochs
 alone (`shuffled`), so that a run can be resumed or split over processes exactly.
