@@ -2534,6 +2534,39 @@ def test_released_dit_weights_sample_by_their_recipe(tmp_path, monkeypatch, name
     assert images.shape == (2, 4, 32, 32) and images.isfinite().all()
 
 
+class NoAutoencoder:
+    """In place of the papers' autoencoder: only its name and scale are looked at."""
+
+    def __init__(self, name, device, scale):
+        self.decode = (name, scale)
+
+
+@pytest.mark.parametrize("model, dataset, size, schedule, sampler, w, scale, rows", [
+    ("uvit_h2", "imagenet256", 32, "SD", "dpm_solver++", 1.4, 0.18215, dict(num_classes=1000)),
+    ("uvit_l2", "imagenet256", 32, "VP", "dpm_solver", 1.4, 0.18215, dict(num_classes=1000)),
+    ("uvit_h4", "imagenet512", 64, "SD", "dpm_solver++", 1.7, 0.18215, dict(num_classes=1000)),
+    ("uvit_s2", "mscoco256", 32, "SD", "dpm_solver++", 2.0, 0.23010, dict(text_dim=768, text_tokens=77)),
+    ("dit_xl2", "imagenet512", 64, "DDPM", "ddpm", 1.5, 0.18215, dict(num_classes=1000))])
+def test_released_latent_weights_sample_by_their_recipe(
+        tmp_path, monkeypatch, model, dataset, size, schedule, sampler, w, scale, rows):
+    """Released weights of latent models find their shape, classes or text, schedule, guidance and autoencoder by themselves."""
+    network, patch = train.NETWORKS[model.split("_")[0]], int(model[-1])
+    small = dict(patch_size=patch, width=32, depth=2, heads=2)
+    monkeypatch.setitem(train.MODELS, model, lambda **given: network(**{**small, **given}))
+    monkeypatch.setattr(data, "Autoencoder", NoAutoencoder)
+    torch.save(fill(network(**small, image_size=size, in_channels=4, **rows).state_dict()), tmp_path / "w.pt")
+    given = sample.parse(["--weights", str(tmp_path / "w.pt"), "--model", model, "--data", dataset])
+    source = sample.open_source(given, torch.device("cpu"))
+    assert source.shape == (4, size, size) and source.image_shape == (3, 8 * size, 8 * size)
+    assert type(source.schedule).__name__ == schedule and source.decode == (data.AUTOENCODER, scale)
+    assert (source.settings["sampler"], source.settings["w"]) == (sampler, w)
+    assert source.text == ("text_dim" in rows) and source.num_classes == rows.get("num_classes", 0)
+    if rows.get("num_classes"):
+        assert source.null == 1000 and sample.parse_labels("golden retriever", source) == [207]
+    else:
+        assert source.null is None and source.encoding["clip"] == data.CLIP     # the empty text is encoded with the prompts
+
+
 @pytest.mark.parametrize("name, arguments", [
     ("dit_tiny", ["width=32", "heads=2"]), ("udit_tiny", ["width=16", "heads=2"]),
     ("unet_tiny", ["learn_sigma=true", "--schedule", "ddpm"])])
