@@ -305,23 +305,22 @@ def conditions_between(model, y, fractions):
 
 def plan(args, source, y, form):
     """What to draw: (number of images in a job, rows of the grid, jobs), a job being arguments of `sampled`."""
+    columns = args.num or 8
     if args.sweep:
-        columns = args.num or 8
         return columns, len(args.sweep), [dict(conditions=y, w=w) for w in args.sweep]
     if args.walk:
-        columns = args.num or 8
         at = np.linspace(0, 1, columns)
 
-        def walk(a, b, fractions):
-            return lambda indices: Walk(args.seed, a, b, [fractions[i % columns] for i in indices])
+        def walk(a, b):
+            return lambda indices: Walk(args.seed, a, b, [at[i % columns] for i in indices])
 
         if args.walk == "noise":
             ways = [None] if y is None else y.split(1)
-            return columns, len(ways), [dict(conditions=one, noise=walk(0, 1, at)) for one in ways]
+            return columns, len(ways), [dict(conditions=one, noise=walk(0, 1)) for one in ways]
         if y is None or len(y) != 2:
             raise ValueError("--walk condition goes from one to another: give two --labels or two texts to --prompt")
         between = conditions_between(source.model, y, at)
-        return columns, 4, [dict(conditions=between, noise=walk(row, row, at)) for row in range(4)]
+        return columns, 4, [dict(conditions=between, noise=walk(row, row)) for row in range(4)]
     given = args.labels or args.prompt
     rows = 0 if y is None else len(y)
     return args.num or (8 * rows if rows and (given or form == ".png") else 64), rows, [dict(conditions=y)]
