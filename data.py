@@ -363,28 +363,32 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 def cifar10(data_dir=None, image_size=None):
-    """The 50,000 training images of CIFAR10, 32x32, ten classes.
+    """The 50,000 training images of CIFAR10, 32x32 (or means of their pixels: 16x16, 8x8, ..), ten classes.
 
     From torchvision's files in data_dir, downloaded if they are not there; or from class folders in data_dir, or in
     data_dir/train (airplane/, automobile/, ..).
     """
-    root = Path(data_dir or "data")
-    if image_size not in (None, 32):
-        raise ValueError(f"cifar10: image_size {image_size}; its images are 32x32 (give a folder to --data to resize)")
-    for classes in (root / "train", root):
-        if (classes / CIFAR10_CLASSES[0]).is_dir():
-            dataset = folder(classes, 32)
-            if dataset.class_names != CIFAR10_CLASSES:
-                raise ValueError(f"{classes}: its folders are not CIFAR10's classes ({', '.join(CIFAR10_CLASSES)})")
-            return dataset
-    try:
-        files = torchvision.datasets.CIFAR10(root, train=True, download=True)
-    except Exception as error:      # a URLError, a RuntimeError on a wrong checksum, an OSError on a full disk
-        raise FileNotFoundError(
-            f"cifar10: not in {root}, and the download failed ({error}); put cifar-10-python.tar.gz "
-            "(https://www.cs.toronto.edu/~kriz/cifar.html) there, or say where it is with --data-dir") from None
-    images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
-    return ImagesInMemory(images, torch.tensor(files.targets), CIFAR10_CLASSES)
+    root, size = Path(data_dir or "data"), image_size or 32
+    if 32 % size:
+        raise ValueError(f"cifar10: image_size {size}; its images are 32x32, and can be 16x16 or 8x8 (give a folder of "
+                         "images to --data for other sizes)")
+    classes = next((c for c in (root / "train", root) if (c / CIFAR10_CLASSES[0]).is_dir()), None)
+    if classes:
+        dataset = folder(classes, 32)
+        if dataset.class_names != CIFAR10_CLASSES:
+            raise ValueError(f"{classes}: its folders are not CIFAR10's classes ({', '.join(CIFAR10_CLASSES)})")
+        images, labels = dataset.images, dataset.labels
+    else:
+        try:
+            files = torchvision.datasets.CIFAR10(root, train=True, download=True)
+        except Exception as error:      # a URLError, a RuntimeError on a wrong checksum, an OSError on a full disk
+            raise FileNotFoundError(
+                f"cifar10: not in {root}, and the download failed ({error}); put cifar-10-python.tar.gz "
+                "(https://www.cs.toronto.edu/~kriz/cifar.html) there, or say where it is with --data-dir") from None
+        images, labels = torch.from_numpy(files.data).permute(0, 3, 1, 2), torch.tensor(files.targets)
+    if size < 32:
+        images = images.unflatten(3, (size, -1)).unflatten(2, (size, -1)).float().mean((3, 5)).round().byte()
+    return ImagesInMemory(images.contiguous(), labels, CIFAR10_CLASSES)
 
 
 def celeba64(data_dir=None, image_size=None):

@@ -1398,6 +1398,8 @@ def test_cifar10_from_torchvision_or_from_folders(tmp_path, monkeypatch):
     dataset = data.load("cifar10", tmp_path)
     assert dataset.images.shape == (2, 3, 32, 32) and dataset.labels.tolist() == [3, 7] and dataset.class_names[3] == "cat"
     assert (dataset.images[1].permute(1, 2, 0).numpy() == StandIn.data[1]).all()
+    small = data.load("cifar10", tmp_path, 16)      # means of 2 x 2 pixels
+    assert small.shape == (3, 16, 16) and small.images[0, 1, 0, 2] == StandIn.data[0, :2, 4:6, 1].mean().round()
     for name in data.CIFAR10_CLASSES:
         write_images(tmp_path / "train" / name, 1, (32, 32))
     assert data.load("cifar10", tmp_path).labels.tolist() == list(range(10))

@@ -140,7 +140,7 @@ def parse(argv=None):
              "data.py encode")
     add("--data-dir", metavar="DIR", help="where a named data set lies (default data/)")
     add("--image-size", type=int, metavar="PIXELS",
-        help="for a folder of images (default 64), or shapes (default 16); the others have their own")
+        help="for a folder of images (default 64), shapes (default 16), or cifar10 (32, or 16); the others have their own")
     add("--class-cond", action=yes_no, help="train on the labels (default: the recipe's, or wherever there are any)")
     add("--model-args", nargs="*", default=[], metavar="KEY=VALUE",
         help="arguments of the model's constructor, e.g. width=256 depth=8 skip=none")
