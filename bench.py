@@ -4,6 +4,7 @@
     python bench.py --model uvit_s2 --data cifar10 --compare amp=off amp=bf16     # two settings, side by side
     python bench.py --model uvit_s2 --data cifar10 --loop --data-dir data         # does reading images slow training?
     python bench.py --papers                                                      # what the papers print, measured here
+    python bench.py --cka runs/*/checkpoint.pt --out cka.png                      # how alike the blocks of networks are
 
 Nothing is downloaded: weights are random, and so are data, in the data set's shape (--loop reads real ones). A time is
 that of a block of calls, 0.2 s or longer, which ends with one wait for the device. Blocks of all that is compared take
@@ -22,6 +23,7 @@ import gc
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -32,6 +34,7 @@ from types import SimpleNamespace
 from typing import Callable
 
 import torch
+from PIL import Image, ImageDraw
 from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,7 +101,7 @@ def parse(argv):
     add = p.add_argument_group("what is measured").add_argument
     add("--model", metavar="NAME", help=", ".join(train.MODELS))
     add("--data", metavar="NAME", help=f"{', '.join(DATA)}; with --loop, whatever train.py takes")
-    add("--data-dir", metavar="DIR", help="with --loop: where a named data set lies (default data/)")
+    add("--data-dir", metavar="DIR", help="with --loop, --cka: where named data lie (default data/)")
     add("--image-size", type=int, metavar="PIXELS", help="other than the data set's (of latents: cells)")
     add("--model-args", nargs="*", default=[], metavar="KEY=VALUE", help="arguments of the model's constructor")
     add("--measure", default=",".join(WORKS), metavar="WORK,..",
@@ -108,6 +111,10 @@ def parse(argv):
     add("--loop", action="store_true", help="training steps on random images, on stored ones, and the reading alone")
     add("--papers", action="store_true", help="the rows that the papers print, beside what they report; on a CPU, "
         "small ones. Other flags hold for every row")
+    add("--cka", nargs="+", metavar="CKPT", help="how alike the outputs of the blocks of trained U-ViTs or DiTs are, on "
+        "--batch-size images (default 256) of their training data with the noise of --time: a picture, and a table")
+    add("--time", type=float, default=0.5, metavar="T", help="with --cka: 0 is no noise, 1 nothing else (default 0.5)")
+    add("--out", default="cka.png", metavar="PNG", help="with --cka (default cka.png)")
     add = p.add_argument_group("in which setting").add_argument
     add("--batch-size", type=int, metavar="N", help="images at a time (default: the recipe's on cuda, 8 on cpu)")
     add("--amp", choices=DTYPES, help="autocast type (default bf16 on cuda, off on cpu)")
@@ -135,7 +142,9 @@ def parse(argv):
         (set(args.measure) - WORKS.keys(), f"--measure {','.join(args.measure)}: choose from {', '.join(WORKS)}"),
         (min(args.repeats, args.evaluations) < 1, "--repeats and --evaluations: must be at least 1"),
         (args.loop and (args.compare or args.papers), "--loop stands alone, without --compare or --papers"),
-        (not args.papers and not (args.model and args.data), "give --model and --data, or --papers; see --help"),
+        (not 0 <= args.time <= 1, f"--time {args.time}: must be 0 to 1"),
+        (not (args.papers or args.cka or args.model and args.data),
+         "give --model and --data, or --papers, or --cka; see --help"),
         (args.data and args.data not in DATA and not args.loop,
          f"--data {args.data}: choose from {', '.join(DATA)} (a folder of images needs --loop)"),
     ]:
@@ -412,6 +421,82 @@ def measure(configs, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# How alike blocks are
+
+
+def cka(a, b):
+    """Linear centred kernel alignment of two representations (n, p), (n, q) of the same n things: a float in [0, 1].
+
+    |A'B|^2 / (|A'A| |B'B|), columns centred: 1 where one is the other, turned and scaled, 0 where no linear map relates
+    them (Kornblith et al., arXiv:1905.00414, section 3).
+    """
+    a, b = (x.double() - x.double().mean(0) for x in (a, b))
+    return ((a.T @ b).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm())).item()
+
+
+@torch.no_grad()
+def block_outputs(model, *inputs):
+    """model(*inputs) -> {name of a block: its output (images * tokens, D)}, in the order in which the blocks run.
+
+    Raises ValueError where the blocks of the model do not see the same tokens: it is no U-ViT or DiT.
+    """
+    found, hooks = {}, []
+    for name, module in model.named_modules():
+        if re.fullmatch(r"((in_|out_)?blocks\.\d+)|mid_block", name):
+            hooks.append(module.register_forward_hook(
+                lambda module, inputs, output, name=name: found.update({name: output.flatten(0, -2)})))
+    model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    if not found:
+        raise ValueError(f"{type(model).__name__}: only the blocks of a U-ViT or a DiT can be compared")
+    return found
+
+
+def block_similarity(path, args, device):
+    """A checkpoint -> names of its blocks, and the CKA of every two of them, (blocks, blocks)."""
+    state = train.read_checkpoint(path)
+    config = argparse.Namespace(**state["config"])
+    model = train.build(config.model, state["model_args"]).to(device).eval()
+    model.load_state_dict(state["ema"])
+    dataset, n = data.load(config.data, args.data_dir or config.data_dir, config.image_size), args.batch_size or 256
+    images, y = next(dataset.batches([data.shuffled(len(dataset), 0, 0, n)], device))
+    generator, schedule = torch.Generator(device).manual_seed(0), diffusion.SCHEDULES[config.schedule]()
+    x0, t = dataset.prepare(images, *dataset.draws(n, generator)), torch.full((n,), args.time, device=device)
+    alpha, sigma = schedule.alpha_sigma(args.time)
+    x = alpha.item() * x0 + sigma.item() * torch.randn(x0.shape, generator=generator, device=device)
+    found = block_outputs(model, x, schedule.model_time(t), y if config.class_cond or dataset.text else None)
+    return list(found), torch.tensor([[cka(a, b) for a in found.values()] for b in found.values()])
+
+
+def draw_similarity(panels, path, cell=24):
+    """[(name, (blocks, blocks) in [0, 1]), ..] -> a PNG: a square for each, black 0, white 1, first block top left."""
+    sizes = [cell * len(values) for _, values in panels]
+    picture = Image.new("L", (sum(sizes) + cell * (len(sizes) - 1), max(sizes) + cell), 255)
+    left = 0
+    for (name, values), size in zip(panels, sizes):
+        square = Image.fromarray((255 * values).round().byte().numpy()).resize((size, size), Image.NEAREST)
+        picture.paste(square, (left, cell))
+        ImageDraw.Draw(picture).text((left, cell // 4), name, fill=0)
+        left += size + cell
+    with train.writing(path):
+        picture.save(path)
+
+
+def compare_blocks(args, device):
+    """--cka: prints the similarities of the blocks of each checkpoint, and draws them."""
+    panels = []
+    for path in args.cka:
+        names, values = block_similarity(path, args, device)
+        print(f"\n{path}\n{'':>14}" + "".join(f"{i:>6}" for i in range(len(names))))
+        for i, (name, row) in enumerate(zip(names, values)):
+            print(f"{i:>2} {name:<11}" + "".join(f"{value:6.2f}" for value in row))
+        panels.append((Path(path).resolve().parent.name, values))
+    draw_similarity(panels, args.out)
+    print(f"\n{args.out}: black 0, white 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 HEAD = f"{'':>20} {'ms':>10} {'quickest':>10} {'slowest':>10} {'images/s':>10} {'TFLOP/s':>8} {'share':>7} {'GB':>7}"
 
@@ -443,6 +528,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     device = train.Processes(args.device).device        # on a GPU: TF32 where float32 remains
+    if args.cka:
+        return compare_blocks(args, device)
     report = dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                   cpu_threads=torch.get_num_threads(), torch=torch.__version__, results=[])
     say = (lambda text: None) if args.json else partial(print, flush=True)

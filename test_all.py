@@ -3311,6 +3311,43 @@ def test_bench_prints_a_table(capsys, no_wait):
     assert re.search(r"forward .*\n +product, off .*\n +step .*\n.*\n +sampling .*\n", text)
 
 
+def test_bench_cka_knows_what_is_alike():
+    """1 for a turned, scaled and shifted copy; about 0 for independent ones; and the value of the definition by kernels."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2000, 8, dtype=torch.float64), torch.randn(2000, 5, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    assert bench.cka(a, 3 * a @ turn + 1) == pytest.approx(1)
+    assert bench.cka(a, b) < 0.01
+    b[:, :3] += a[:, :3]
+    centre = torch.eye(2000, dtype=torch.float64) - 1 / 2000
+    k, m = centre @ a @ a.T @ centre, centre @ b @ b.T @ centre
+    assert bench.cka(a, b) == pytest.approx(((k * m).sum() / (k.norm() * m.norm())).item())
+
+
+@pytest.mark.parametrize("model, blocks", [("uvit_tiny", ["in_blocks.0", "mid_block", "out_blocks.0"]), ("dit_tiny", 4)])
+def test_bench_outputs_of_blocks_in_their_order(model, blocks):
+    """The outputs of all blocks, the last of which is what the head of the network sees."""
+    torch.manual_seed(0)
+    net, seen = train.MODELS[model](image_size=16, in_channels=3), []
+    head = net.norm if model == "uvit_tiny" else net.final_layer
+    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].flatten(0, -2)))
+    found = bench.block_outputs(net, torch.randn(2, 3, 16, 16), torch.ones(2))
+    assert list(found) == blocks if isinstance(blocks, list) else len(found) == blocks
+    assert torch.equal(list(found.values())[-1], seen[0])
+    hook.remove()
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_bench_cka_draws_and_prints_every_checkpoint(run, tmp_path, capsys):
+    """A square of the blocks for each checkpoint, white on its diagonal; a network of another kind is refused."""
+    bench.main(["--cka", *2 * [str(run / "checkpoint.pt")], "--batch-size", "8", "--out", str(tmp_path / "cka.png")])
+    text, picture = capsys.readouterr().out, np.asarray(Image.open(tmp_path / "cka.png"))
+    assert text.count("mid_block") == 2 and picture.shape == (24 + 3 * 24, 3 * 24 + 24 + 3 * 24)
+    assert (picture[36::24, 12:72:24].diagonal() == 255).all() and (picture[36, 36] < 255).all()
+    with pytest.raises(ValueError, match="only the blocks of a U-ViT or a DiT"):
+        bench.block_outputs(unet.MODELS["unet_tiny"](image_size=16, in_channels=3), torch.zeros(1, 3, 16, 16), torch.ones(1))
+
+
 def test_bench_papers_prints_every_row_beside_what_is_reported(capsys, no_wait, monkeypatch):
     """--papers runs each row of the table in its own setting, with other flags for all, and prints what was reported."""
     monkeypatch.setattr(bench, "ON_CPU", [("model=uvit_tiny data=shapes batch-size=3", "1 ms"), ("model=dit_tiny data=cifar10", "2 ms")])
