@@ -7,8 +7,8 @@
 
     torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out data/imagenet256 --image-size 256
 
-Small sets (under 2 GiB as uint8) live on the training device, where mirroring and scaling cost next to nothing: reading
-CIFAR10 from 50,000 PNGs took 23 s on two CPU cores, and a batch is one gather. Larger sets are read by DataLoader workers.
+Small sets (under 2 GiB as uint8) live on the training device, where a batch is one gather, and mirroring and scaling
+cost next to nothing (CIFAR10 from 50,000 PNGs took 23 s to read on two CPU cores). Larger ones are read by workers.
 
 Order, and which of its captions an image comes with, are functions of the seed and the place in the stream of epochs
 alone (`shuffled`), so that a run can be resumed or split over processes exactly.
@@ -49,7 +49,7 @@ def load(name, data_dir=None, image_size=None):
         raise FileNotFoundError(f"--data-dir {data_dir}: no such folder")
     if name in DATASETS:
         return DATASETS[name](data_dir=data_dir, image_size=image_size)
-    return folder(name, image_size or 64) if kind(name) == "folder" else Latents(name, image_size)
+    return from_files(*list_images(name), image_size or 64) if kind(name) == "folder" else Latents(name, image_size)
 
 
 def kind(name):
@@ -70,7 +70,9 @@ def kind(name):
     encoding = read_encoding(name)
     if encoding["text"]:
         return "mscoco256"
-    return "latents" if not encoding["class_names"] else "imagenet256" if encoding["shape"][-1] <= 32 else "imagenet512"
+    if encoding["class_names"]:
+        return "imagenet256" if encoding["shape"][-1] <= 32 else "imagenet512"
+    return "latents"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,38 +80,60 @@ def kind(name):
 
 
 class Images:
-    """What all kinds share: shape (C, H, W) of x_0, class names, labels (N,) int64 or None, `draws` and `prepare`.
+    """What all kinds share: shape (C, H, W) of x_0, labels (N,) int64 or None, class_names; batches, draws, prepare.
 
-    A kind has `batches(order, device, workers)`: for each array (n, 2) of `order` (see `shuffled`) two tensors on
-    `device`: x, uint8 images (n, C, H, W), and y, their labels (n,) int64 or None. (`Latents` differ in both.)
+    Those on disk define read(index, choice) -> [x], or [x, text features], of one image: see `shuffled`.
     """
+    flip = True         # may x_0 be mirrored?
     text = None         # (tokens, width) of text features, where these are y
     null = None         # and (tokens, width) float32, those of the empty string
     encoding = None     # of latents: what made them, the dict of encoding.json (see `encode`)
 
-    def __init__(self, shape, labels, class_names, flip):
-        self.shape, self.labels, self.class_names, self.flip = tuple(shape), labels, tuple(class_names), flip
+    def __init__(self, length, shape, labels, class_names):
+        self.length, self.shape, self.labels, self.class_names = length, tuple(shape), labels, tuple(class_names)
         self.num_classes = len(self.class_names)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, places):
+        """The batch of an array (n, 2) of `shuffled`: [x], or [x, y]."""
+        try:
+            rows = [self.read(int(index), int(choice)) for index, choice in places]
+        except ValueError as error:     # a worker would wrap it in its stack trace: hand it over instead
+            return error
+        batch = [torch.stack(column) for column in zip(*rows)]
+        return batch if self.labels is None else [*batch, self.labels[places[:, 0]]]
+
+    def batches(self, order, device, workers=0):
+        """For each array (n, 2) of `order` (see `shuffled`), on `device`: x, uint8 (n, C, H, W), and y, (n,) or None.
+
+        So many processes (workers) read ahead. `Latents` have another x, and may have another y.
+        """
+        for batch in torch.utils.data.DataLoader(
+                self, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=ignore_signals,
+                pin_memory=torch.device(device).type == "cuda"):
+            if isinstance(batch, ValueError):
+                raise batch
+            x, *y = (part.to(device, non_blocking=True) for part in batch)
+            yield x, (y[0].float() if self.text else y[0]) if y else None
 
     def draws(self, n, generator):
         """The random numbers that `prepare` needs for n images: whether each is mirrored, (n,) bool."""
         return [torch.rand(n, generator=generator, device=generator.device) < 0.5]
 
     def prepare(self, images, mirror):
-        """uint8 images -> x_0, float32 in [-1, 1], mirrored where asked (if the data set allows it)."""
+        """uint8 images -> x_0, float32 in [-1, 1], mirrored where asked."""
         x = images.float() / 127.5 - 1
-        return torch.where(mirror[:, None, None, None], x.flip(-1), x) if self.flip else x
+        return torch.where(mirror[:, None, None, None], x.flip(-1), x)
 
 
 class ImagesInMemory(Images):
     """uint8 images (N, C, H, W), held on the training device."""
 
-    def __init__(self, images, labels=None, class_names=(), flip=True):
-        super().__init__(images.shape[1:], labels, class_names, flip)
+    def __init__(self, images, labels=None, class_names=()):
+        super().__init__(len(images), images.shape[1:], labels, class_names)
         self.images = images
-
-    def __len__(self):
-        return len(self.images)
 
     def batches(self, order, device, workers=0):
         images, labels = self.images.to(device), None if self.labels is None else self.labels.to(device)
@@ -118,61 +142,24 @@ class ImagesInMemory(Images):
             yield images[index], None if labels is None else labels[index]
 
 
-def ignore_signals(worker):
-    """A SIGTERM or ctrl-C for all processes is the main one's business: it saves, and then ends its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class OnDisk(Images):
-    """What is read when it is needed, by `workers` processes: `read(index, choice)` -> x and, if there is any, y."""
-
-    def __getitem__(self, place):
-        try:
-            return self.read(*map(int, place))
-        except ValueError as error:     # a worker would wrap it in its stack trace: hand it over instead
-            return error
-
-    @staticmethod
-    def collate(items):
-        for item in items:
-            if isinstance(item, ValueError):
-                return item
-        return [torch.stack(parts) for parts in zip(*items)]
-
-    def batches(self, order, device, workers=0):
-        loader = torch.utils.data.DataLoader(
-            self, batch_sampler=order, num_workers=workers, collate_fn=self.collate, worker_init_fn=ignore_signals,
-            pin_memory=torch.device(device).type == "cuda")
-        for batch in loader:
-            if isinstance(batch, ValueError):
-                raise batch
-            x, *y = (part.to(device, non_blocking=True) for part in batch)
-            yield x, (y[0].float() if self.text else y[0]) if y else None
-
-
-class ImagesOnDisk(OnDisk):
+class ImagesOnDisk(Images):
     """Image files, of which read_file(path, image_size) makes uint8 (3, image_size, image_size)."""
 
     def __init__(self, files, labels, class_names, image_size, read_file):
-        super().__init__((3, image_size, image_size), labels, class_names, flip=True)
+        super().__init__(len(files), (3, image_size, image_size), labels, class_names)
         self.files, self.read_file = files, read_file
 
-    def __len__(self):
-        return len(self.files)
-
     def read(self, index, choice):
-        image = self.read_file(self.files[index], self.shape[-1])
-        return (image,) if self.labels is None else (image, self.labels[index])
+        return [self.read_file(self.files[index], self.shape[-1])]
 
 
-class Latents(OnDisk):
+class Latents(Images):
     """A folder written by `encode`: Gaussians of an autoencoder for each image and its mirror, and labels or text.
 
     x is moments (n, 2, 2C, h, w) in the type of the file: of image and mirror, C means, then C log variances; `prepare`
     draws x_0 from them. y is labels, or features (n, tokens, width) float32 of one caption of each image, by its random
     number; then there is no mirroring, as in U-ViT ("left" would turn wrong).
-    Raises ValueError or FileNotFoundError where the folder is incomplete, damaged or of another image size.
+    Raises ValueError where the folder is incomplete, damaged or of another image size.
     """
 
     def __init__(self, root, image_size=None):
@@ -184,33 +171,28 @@ class Latents(OnDisk):
         if not done.all():
             raise ValueError(f"{root}: only {done.mean():.1%} encoded ({done.sum()} of {len(done)} images and captions)"
                              "; run the same command of data.py encode again, it continues")
-        self.text = tuple(self.encoding["text"] or ()) or None
-        self.null = torch.from_numpy(self.array("null").astype(np.float32)) if self.text else None
-        labels = torch.from_numpy(self.array("labels").copy()) if self.encoding["class_names"] else None
-        super().__init__(self.encoding["shape"], labels, self.encoding["class_names"], flip=not self.text)
         for name in names:              # are they there, and whole?
             self.array(name)
-
-    def __len__(self):
-        return self.encoding["count"]
+        classes = self.encoding["class_names"]
+        labels = torch.from_numpy(self.array("labels").copy()) if classes else None
+        super().__init__(self.encoding["count"], self.encoding["shape"], labels, classes)
+        if self.encoding["text"]:
+            self.text, self.flip = tuple(self.encoding["text"]), False
+            self.null = torch.from_numpy(self.array("null").astype(np.float32))
 
     def array(self, name):
-        try:
-            return mapped(self.root / f"{name}.npy")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.root}: {name}.npy is missing or damaged ({error}); encode again") from None
+        return mapped(self.root / f"{name}.npy")
 
     def read(self, index, choice):
-        moments = torch.from_numpy(self.array("moments")[index].copy())
+        rows = [self.array("moments")[index]]
         if self.text:
             first, end = self.array("captions")[index:index + 2]
-            return moments, torch.from_numpy(self.array("text")[first + choice % (end - first)].copy())
-        return (moments,) if self.labels is None else (moments, self.labels[index])
+            rows.append(self.array("text")[first + choice % (end - first)])
+        return [torch.from_numpy(row.copy()) for row in rows]
 
     def examples(self, n):
         """Text features (n, tokens, width) float32: the first captions of n images, evenly spaced."""
-        places = np.stack([np.arange(n) * len(self) // n, np.zeros(n, np.int64)], axis=1)
-        return torch.stack([self[place][1] for place in places]).float()
+        return torch.stack([self.read(i * len(self) // n, 0)[1] for i in range(n)]).float()
 
     def draws(self, n, generator):
         """Whether each is mirrored, (n,) bool, and the noise (n, C, h, w) that its latent is drawn with."""
@@ -218,15 +200,24 @@ class Latents(OnDisk):
 
     def prepare(self, moments, mirror, noise):
         """x_0 = scale (mean + std noise), float32 (n, C, h, w), of the image or of its mirror."""
-        side = mirror.long() if self.flip else torch.zeros_like(mirror, dtype=torch.long)
+        side = (mirror & self.flip).long()
         mean, log_variance = moments[torch.arange(len(side), device=side.device), side].float().chunk(2, dim=1)
         return self.encoding["scale"] * (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise)
+
+
+def ignore_signals(worker):
+    """A SIGTERM or ctrl-C for all processes is the main one's business: it saves, and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @lru_cache(maxsize=16)
 def mapped(path):
     """A .npy file, mapped into memory once in every process: to workers, who may not be forks, only its path goes."""
-    return np.load(path, mmap_mode="r")
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); encode again") from None
 
 
 def read_encoding(root):
@@ -251,14 +242,17 @@ def shuffled(length, seed, start, count):
 
     Column 0 is the image's index, column 1 a random number for what is chosen when it is read: one of its captions.
     """
-    positions = np.arange(start, start + count)
-    epochs = positions // length
-    return np.concatenate([epoch_order(length, seed, int(epoch))[positions[epochs == epoch] % length]
-                           for epoch in np.unique(epochs)])
+    epochs, places = np.divmod(np.arange(start, start + count), length)
+    return np.concatenate([epoch_order(length, seed, int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading images
+# Images from and to files
+
+
+def one_line(error):
+    """What an error of somebody else's says, without line breaks and not too long."""
+    return " ".join(str(error).split())[:200]
 
 
 def open_image(path):
@@ -275,11 +269,6 @@ def open_image(path):
 def to_tensor(image):
     """Pillow's RGB image -> uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def one_line(error):
-    """What an error of somebody else's says, without line breaks and not too long."""
-    return " ".join(str(error).split())[:200]
 
 
 def read_image(path, size):
@@ -310,16 +299,15 @@ def list_images(root):
 
     Raises ValueError where there is no image, a class without one, or images beside class folders.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
 
-    def images_below(folder, pattern):
-        return sorted(p for p in folder.glob(pattern)
-                      if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file())
+    def images_among(paths):
+        return sorted(p for p in paths if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file())
 
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    flat = images_below(root, "*")
+    flat = images_among(root.iterdir())
     classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if flat and classes:
         raise ValueError(f"{root}: holds images beside folders ({classes[0].name}, ..); keep either images, or a "
@@ -330,7 +318,7 @@ def list_images(root):
         return flat, None, ()
     files, labels = [], []
     for label, directory in enumerate(classes):
-        found = images_below(directory, "**/*")
+        found = images_among(directory.rglob("*"))
         if not found:
             raise ValueError(f"{directory}: class folder without an image; remove it or fill it")
         files += found
@@ -338,28 +326,53 @@ def list_images(root):
     return files, torch.tensor(labels), [p.name for p in classes]
 
 
-def folder(root, image_size):
-    """A folder of images, flat or one folder for each class."""
-    return from_files(root, *list_images(root), image_size)
-
-
-def from_files(root, files, labels, names, image_size, read_file=read_image):
-    """The images of these files, all below root: in memory if that is small and on disk if not."""
+def from_files(files, labels, names, image_size, read_file=read_image):
+    """The images of these files (see `list_images`): in memory if that is small, and on disk if not."""
     if len(files) * 3 * image_size**2 > IN_MEMORY:
         return ImagesOnDisk(files, labels, names, image_size, read_file)
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         read = pool.map(partial(read_file, size=image_size), files)
-        for i, image in enumerate(tqdm(read, total=len(files), desc=f"reading {root}", unit="image", leave=False,
+        for i, image in enumerate(tqdm(read, total=len(files), desc="reading images", unit="image", leave=False,
                                        mininterval=0.1 if sys.stderr.isatty() else 10)):
             images[i] = image
     return ImagesInMemory(images, labels, names)
+
+
+def to_uint8(x):
+    """x in [-1, 1], float -> uint8, rounded to the nearest grey level (as U-ViT and DiT do)."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images, path, rows=0):
+    """uint8 images (N, 3, H, W) -> one picture, in a file of the type that its name says.
+
+    rows = 0: about square. Otherwise image i goes into row i % rows: one row for each of so many labels in turn.
+    Raises ValueError where the images have other than 3 channels.
+    """
+    if images.shape[1] != 3:
+        raise ValueError(f"{path}: a picture needs 3 channels, these images have {images.shape[1]} (latents?)")
+    images, columns = images.cpu(), math.ceil(len(images) / rows if rows else len(images) ** 0.5)
+    if rows:
+        white = images.new_full((rows * columns - len(images), *images.shape[1:]), 255)
+        images = torch.cat([images, white]).unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
+    grid = torchvision.utils.make_grid(images, nrow=columns, padding=2, pad_value=255)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Named data sets
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def download(name, root, advice, **options):
+    """A data set by torchvision's class of that name. Raises FileNotFoundError, with this advice, where that fails."""
+    try:
+        return getattr(torchvision.datasets, name)(root, download=True, **options)
+    except Exception as error:      # URLError, OSError, RuntimeError (a wrong checksum, Google's quota, no gdown)
+        raise FileNotFoundError(f"{name}: not in {root}, and the download failed ({one_line(error)}); {advice}, or say "
+                                "where it is with --data-dir") from None
 
 
 def cifar10(data_dir=None, image_size=None):
@@ -374,17 +387,13 @@ def cifar10(data_dir=None, image_size=None):
                          "images to --data for other sizes)")
     classes = next((c for c in (root / "train", root) if (c / CIFAR10_CLASSES[0]).is_dir()), None)
     if classes:
-        dataset = folder(classes, 32)
+        dataset = from_files(*list_images(classes), 32)
         if dataset.class_names != CIFAR10_CLASSES:
             raise ValueError(f"{classes}: its folders are not CIFAR10's classes ({', '.join(CIFAR10_CLASSES)})")
         images, labels = dataset.images, dataset.labels
     else:
-        try:
-            files = torchvision.datasets.CIFAR10(root, train=True, download=True)
-        except Exception as error:      # a URLError, a RuntimeError on a wrong checksum, an OSError on a full disk
-            raise FileNotFoundError(
-                f"cifar10: not in {root}, and the download failed ({error}); put cifar-10-python.tar.gz "
-                "(https://www.cs.toronto.edu/~kriz/cifar.html) there, or say where it is with --data-dir") from None
+        files = download("CIFAR10", root, "put cifar-10-python.tar.gz there "
+                         "(https://www.cs.toronto.edu/~kriz/cifar.html)", train=True)
         images, labels = torch.from_numpy(files.data).permute(0, 3, 1, 2), torch.tensor(files.targets)
     if size < 32:
         images = images.unflatten(3, (size, -1)).unflatten(2, (size, -1)).float().mean((3, 5)).round().byte()
@@ -402,16 +411,11 @@ def celeba64(data_dir=None, image_size=None):
     places = [root / below for root in roots for below in ("celeba/img_align_celeba", "img_align_celeba", "")]
     root = next((place for place in places if any(place.glob("*.jpg")) or any(place.glob("*.png"))), None)
     if not root:
-        try:
-            torchvision.datasets.CelebA(data_dir or "data", download=True)
-        except Exception as error:      # gdown's absence or complaint about the quota, URLError, RuntimeError, OSError
-            raise FileNotFoundError(
-                f"celeba64: no images in {' or '.join(map(str, roots))}, and the download failed "
-                f"({one_line(error)}); unpack img_align_celeba.zip "
-                "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) there, or give its folder to --data-dir") from None
+        download("CelebA", data_dir or "data", "unpack img_align_celeba.zip "
+                 f"(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) in {roots[0]}")
         root = Path(data_dir or "data") / "celeba/img_align_celeba"
     files = list_images(root)[0]
-    return from_files(root, files[:162_770] if len(files) == 202_599 else files, None, (), image_size or 64, read_face)
+    return from_files(files[:162_770] if len(files) == 202_599 else files, None, (), image_size or 64, read_face)
 
 
 def imagenet64(data_dir=None, image_size=None):
@@ -424,7 +428,7 @@ def imagenet64(data_dir=None, image_size=None):
     if not root.is_dir():
         raise FileNotFoundError(f"imagenet64: no folder {root}; put ImageNet's class folders (https://image-net.org) "
                                 "there, or say where they are with --data-dir")
-    dataset = folder(root, image_size or 64)
+    dataset = from_files(*list_images(root), image_size or 64)
     if dataset.labels is None:
         raise ValueError(f"imagenet64: {root} holds images, not a folder for each class")
     return dataset
@@ -460,23 +464,18 @@ SHAPES = {
 GREY = 128                # their background
 
 
-def draw_shape(label, size, dx=0.0, dy=0.0, radius=0.375):
-    """One shape as uint8 (3, size, size), moved by (dx, dy) and of this radius, both as parts of the image's size."""
-    colour, distance = list(SHAPES.values())[label]
-    centres = (np.arange(size) + 0.5) / size - 0.5
-    x, y = (centres[None, :] - dx) / radius, (centres[:, None] - dy) / radius
-    cover = np.clip(0.5 - distance(x, y) * radius * size, 0, 1)             # share of each pixel inside: smooth edges
-    pixels = GREY + cover * (np.array(colour, dtype=float)[:, None, None] - GREY)
-    return pixels.round().astype(np.uint8)
-
-
 def shapes(data_dir=None, image_size=None, length=10_000):
     """Drawn shapes: image i is of class i % 10, its place and size drawn from a generator seeded with i."""
     size = image_size or 16
+    centres = (np.arange(size) + 0.5) / size - 0.5
     images = np.empty((length, 3, size, size), np.uint8)
     for i in range(length):
+        colour, distance = list(SHAPES.values())[i % len(SHAPES)]
         dx, dy, scale = np.random.default_rng(i).uniform(-1, 1, 3)
-        images[i] = draw_shape(i % len(SHAPES), size, dx / 16, dy / 16, 0.36 + 0.03 * scale)
+        radius = 0.36 + 0.03 * scale        # as its place, in units of the image's size
+        x, y = (centres[None, :] - dx / 16) / radius, (centres[:, None] - dy / 16) / radius
+        cover = np.clip(0.5 - distance(x, y) * radius * size, 0, 1)     # share of each pixel inside: smooth edges
+        images[i] = (GREY + cover * (np.array(colour, dtype=float)[:, None, None] - GREY)).round()
     return ImagesInMemory(torch.from_numpy(images), torch.arange(length) % len(SHAPES), SHAPES)
 
 
@@ -501,7 +500,6 @@ DATASETS = {
 }
 
 
-@lru_cache
 def imagenet_names():
     """The names of ImageNet's 1000 classes, in the order of their numbers, from torchvision: "tench", "goldfish", .."""
     return tuple(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
@@ -512,8 +510,10 @@ def imagenet_names():
 
 AUTOENCODER, CLIP, SCALE = "stabilityai/sd-vae-ft-ema", "openai/clip-vit-large-patch14", 0.18215
 ENCODINGS = {      # of the papers' weights, which come without an encoding.json
-    name: dict(autoencoder=AUTOENCODER, scale=scale, image_size=IMAGE_SIZE[name], clip=clip) for name, scale, clip
-    in [("imagenet256", SCALE, None), ("imagenet512", SCALE, None), ("mscoco256", 0.23010, CLIP)]}
+    "imagenet256": dict(autoencoder=AUTOENCODER, scale=SCALE, image_size=256, clip=None),
+    "imagenet512": dict(autoencoder=AUTOENCODER, scale=SCALE, image_size=512, clip=None),
+    "mscoco256": dict(autoencoder=AUTOENCODER, scale=0.23010, image_size=256, clip=CLIP),
+}
 
 
 def pretrained(package, class_name, name, **options):
@@ -535,10 +535,10 @@ def pretrained(package, class_name, name, **options):
 class Autoencoder:
     """A KL autoencoder of Stable Diffusion, frozen, in float32 (float16 overflows in some of them)."""
 
-    def __init__(self, name=AUTOENCODER, device="cpu", scale=None):
+    def __init__(self, name=AUTOENCODER, device="cpu", scale=SCALE):
         net = pretrained("diffusers", "AutoencoderKL", name, low_cpu_mem_usage=False)   # True asks for one more package
         self.net = net.to(device).requires_grad_(False).eval()
-        self.device, self.scale = device, SCALE if scale is None else scale
+        self.device, self.scale = device, scale
 
     def moments(self, x):
         """Images (n, 3, S, S), uint8 or in [-1, 1] -> C means and C log variances, (n, 2C, s, s) float32, unscaled."""
@@ -588,7 +588,7 @@ def read_captions(path, root):
             names = {image["id"]: image["file_name"] for image in content["images"]}
             pairs = [(names[caption["image_id"]], caption["caption"]) for caption in content["annotations"]]
         else:
-            pairs = [(name, caption) for name, captions in content.items() for caption in [] + captions]
+            pairs = [(name, text) for name, texts in content.items() for text in [] + texts]    # a str is no list
         names, captions = zip(*sorted(pairs, key=lambda pair: pair[0]))
         if {type(text) for text in names + captions} != {str}:
             raise ValueError("names and captions must be text")
@@ -654,7 +654,7 @@ def begin(out, encoding, arrays, shapes):
     out.mkdir(parents=True, exist_ok=True)
     for name, shape in shapes.items():
         np.lib.format.open_memmap(out / f"{name}.npy", "w+", encoding["type"], shape)
-        arrays = {**arrays, f"{name}_done": np.zeros(shape[0], np.uint8)}
+        np.save(out / f"{name}_done.npy", np.zeros(shape[0], np.uint8))
     for name, array in arrays.items():
         np.save(out / f"{name}.npy", array)
     (out / "encoding.tmp").write_text(json.dumps(encoding, indent=2) + "\n")
@@ -673,21 +673,21 @@ def encode(args):
     encoding.json  autoencoder, scale, clip, image_size, type, count (N), shape (C, h, w), text (tokens, width) or null,
                    class_names, and files, a checksum of all file names and captions
     """
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cpu")
-    if args.device == "cuda":
+    if min(args.image_size, args.batch_size) < 1 or args.workers < 0:
+        raise ValueError("--image-size and --batch-size must be at least 1, --workers at least 0")
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found; start "
                              "fewer processes, or use --device cpu")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    if min(args.image_size, args.batch_size) < 1 or args.workers < 0:
-        raise ValueError("--image-size and --batch-size must be at least 1, --workers at least 0")
+        torch.cuda.set_device(local)
+    labels, names, captions = None, (), ()
     if args.captions:
-        (files, index, captions), names = read_captions(args.captions, args.images), ()
+        files, index, captions = read_captions(args.captions, args.images)
     else:
-        (files, labels, names), captions = list_images(args.images), ()
+        files, labels, names = list_images(args.images)
     content = json.dumps([[str(file.relative_to(args.images)) for file in files], captions])
 
     autoencoder, clip = (str(Path(name).resolve()) if Path(name).is_dir() else name
@@ -707,15 +707,16 @@ def encode(args):
         type=args.type, count=len(files), shape=[shape[0] // 2, *shape[1:]],
         text=list(shapes["text"][1:]) if captions else None, class_names=list(names),
         files=hashlib.sha256(content.encode()).hexdigest())
+    out = Path(args.out)
     if rank == 0:
-        begin(Path(args.out), encoding, arrays, shapes)
+        begin(out, encoding, arrays, shapes)
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         dist.barrier()
 
     def moments_rows(spans):
         images = ImagesOnDisk(files, None, (), args.image_size, read_image)
-        order = [np.stack([np.arange(first, end), np.zeros(end - first, np.int64)], axis=1) for first, end in spans]
+        order = [np.array([(i, 0) for i in range(first, end)]) for first, end in spans]
         for x, _ in images.batches(order, device, args.workers):
             yield torch.stack([vae.moments(x), vae.moments(x.flip(-1))], dim=1).to(dtype)
 
@@ -723,14 +724,14 @@ def encode(args):
         for first, end in spans:
             yield text(captions[first:end]).to(dtype)
 
-    for name, rows_of in (("moments", moments_rows), ("text", text_rows)):
-        if name in shapes:
-            write_missing(Path(args.out) / f"{name}.npy", rows_of, args.batch_size, rank, world)
+    write_missing(out / "moments.npy", moments_rows, args.batch_size, rank, world)
+    if captions:
+        write_missing(out / "text.npy", text_rows, args.batch_size, rank, world)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        print(f"{args.out}: {len(files)} images as latents {tuple(encoding['shape'])}, {len(names) or 'no'} classes, "
+        print(f"{out}: {len(files)} images as latents {tuple(encoding['shape'])}, {len(names) or 'no'} classes, "
               f"{len(captions) or 'no'} captions")
 
 
@@ -754,33 +755,6 @@ def main(argv=None):
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda if there is one")
     encode(parser.parse_args(argv))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing images
-
-
-def to_uint8(x):
-    """x in [-1, 1], float -> uint8, rounded to the nearest grey level (as U-ViT and DiT do)."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
-
-
-def save_grid(images, path, rows=0):
-    """uint8 images (N, 3, H, W) -> one picture, in a file of the type that its name says.
-
-    rows = 0: about square. Otherwise image i goes into row i % rows: one row for each of so many labels in turn.
-    Raises ValueError where the images have other than 3 channels.
-    """
-    if images.shape[1] != 3:
-        raise ValueError(f"{path}: a picture needs 3 channels, these images have {images.shape[1]} (latents?)")
-    columns = math.ceil(len(images) / rows if rows else len(images) ** 0.5)
-    if rows:
-        places = torch.full((rows, columns, *images.shape[1:]), 255, dtype=torch.uint8)
-        for i, image in enumerate(images.cpu()):
-            places[i % rows, i // rows] = image
-        images = places.flatten(0, 1)
-    grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
 if __name__ == "__main__":
