@@ -18,8 +18,8 @@ denoiser is any function (x, t) -> noise of x's shape, or (N, 2C, ..) where the 
 Sources: VP and its SDE: Song et al., arXiv:2011.13456. DDPM: Ho et al., arXiv:2006.11239. Learned variance and
 respacing: Nichol & Dhariwal, arXiv:2102.09672. DDIM: Song et al., arXiv:2010.02502. Guidance: Ho & Salimans,
 arXiv:2207.12598. DPM-Solver and DPM-Solver++: Lu et al., arXiv:2206.00927 and arXiv:2211.01095. test_all.py compares
-every one with trajectories of the released code of U-ViT and DiT: they agree within 2e-6 (but for times that the
-released VP DPM-Solver keeps in float32: 1.3e-4 at 10 evaluations).
+them with trajectories of the released code of U-ViT and DiT: they agree within 2e-6 (but for times that the released
+VP DPM-Solver keeps in float32: 1.3e-4 at 10 evaluations).
 """
 import math
 from functools import partial
@@ -34,27 +34,16 @@ from tqdm import tqdm
 
 
 class Schedule:
-    """What every schedule shares. One needs only log alpha(t), its inverse and its derivative, and the network's time.
+    """What every schedule shares. Each adds four functions of its own:
+
+    log_alpha(t), and its inverse time_of_log_alpha(log_alpha)
+    beta(t) = -2 d log alpha / dt, the rate of the forward process dx = -beta/2 x dt + sqrt(beta) dw
+    model_time(t), the time that the network is fed for t
 
     Times t may be floats or tensors of any shape and device; answers are float64 tensors of t's shape and device.
     """
 
     t_min = 1e-4      # the last time of the DPM-Solvers: at t = 0 the log-SNR is infinite
-
-    def log_alpha(self, t):
-        raise NotImplementedError
-
-    def time_of_log_alpha(self, log_alpha):
-        """The inverse of log_alpha: the time t at which log alpha(t) has this value."""
-        raise NotImplementedError
-
-    def beta(self, t):
-        """Rate of the forward process dx = -beta/2 x dt + sqrt(beta) dw, that is -2 d log alpha / dt."""
-        raise NotImplementedError
-
-    def model_time(self, t):
-        """The time that the network is fed for t."""
-        raise NotImplementedError
 
     def training_time(self, u):
         """Uniform numbers u in [0, 1) -> the times to train at."""
@@ -96,10 +85,11 @@ class Schedule:
         eps, v = split(out, x0)
         loss = (eps - noise).square().flatten(1).mean(1)                    # (N,)
         if v is not None:
-            loss = loss + self.variational_bound(x0, x_t, t, eps.detach(), v)
+            predicted_x0 = (x_t - sigma * eps.detach()) / alpha
+            loss = loss + self.variational_bound(x0, x_t, predicted_x0, t, v)
         return loss
 
-    def variational_bound(self, x0, x_t, t, eps, v):
+    def variational_bound(self, x0, x_t, predicted_x0, t, v):
         raise ValueError(f"schedule {type(self).__name__} trains no variance: build the model with learn_sigma=False")
 
     def posterior(self, s, t):
@@ -139,35 +129,28 @@ class Discrete(Schedule):
 
     def __init__(self, betas):
         self.steps, self.t_min = len(betas), 1 / len(betas)
-        self.tables = {torch.device("cpu"): torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0) / 2])}
-
-    def table(self, device):
-        """log alpha at t = 0, 1/N, .. 1, float64 (N + 1,), copied to each device once."""
-        if device not in self.tables:
-            self.tables[device] = self.tables[torch.device("cpu")].to(device)
-        return self.tables[device]
+        # log alpha at t = 0, 1/N, .. 1, float64 (N + 1,), on the device where it was needed last
+        self.table = torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0) / 2])
 
     def segment(self, t):
-        """The interval of the table that holds t: its lower index, and how far t lies into it (0 to 1)."""
+        """log alpha where the interval of the table that holds t begins and ends, and how far into it t is (0 to 1)."""
         position = float64(t) * self.steps
-        index = position.floor().clamp(0, self.steps - 1)
-        return index.long(), position - index
+        index = position.floor().clamp(0, self.steps - 1).long()
+        table = self.table = self.table.to(index.device)
+        return table[index], table[index + 1], position - index
 
     def log_alpha(self, t):
-        index, fraction = self.segment(t)
-        table = self.table(index.device)
-        return torch.lerp(table[index], table[index + 1], fraction)
+        return torch.lerp(*self.segment(t))
 
     def time_of_log_alpha(self, log_alpha):
         log_alpha = float64(log_alpha)
-        table = self.table(log_alpha.device)
+        table = self.table = self.table.to(log_alpha.device)
         index = torch.searchsorted(-table, -log_alpha.contiguous()).clamp(1, self.steps) - 1
         return (index + (log_alpha - table[index]) / (table[index + 1] - table[index])) / self.steps
 
     def beta(self, t):
-        index, _ = self.segment(t)
-        table = self.table(index.device)
-        return 2 * self.steps * (table[index] - table[index + 1])
+        start, end, _ = self.segment(t)
+        return 2 * self.steps * (start - end)
 
     def model_time(self, t):
         return self.steps * float64(t)
@@ -197,7 +180,7 @@ class DDPM(Discrete):
     def model_time(self, t):
         return self.steps * float64(t) - 1
 
-    def variational_bound(self, x0, x_t, t, eps, v):
+    def variational_bound(self, x0, x_t, predicted_x0, t, v):
         """The bound's term at t, (N,), in bits per number (Nichol & Dhariwal, section 3.1): it trains v, not eps.
 
         At n > 1 it is KL(q(x_{n-1} | x_n, x_0) | p(x_{n-1} | x_n)) of two normals, at n = 1 8-bit data's likelihood.
@@ -208,8 +191,6 @@ class DDPM(Discrete):
         later = n.clamp(min=2)
         low = per_image(self.posterior((later - 1) / self.steps, later / self.steps)[2], x0).log()
         log_variance = interpolate_variance(v, low, high.log())
-        alpha, sigma = (per_image(a, x0) for a in self.alpha_sigma(n / self.steps))
-        predicted_x0 = (x_t - sigma * eps) / alpha
         distance = (c0 * (x0 - predicted_x0)).square()
         kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + distance * (-log_variance).exp())
         likelihood = -log_likelihood_8bit(x0, c0 * predicted_x0 + ct * x_t, 0.5 * log_variance)
@@ -286,8 +267,8 @@ def guide(model, schedule, y=None, null=None, w=1.0, channels=None):
     return denoise
 
 
-def clamp_x0(denoise, schedule, low=-1.0, high=1.0):
-    """The same denoiser with its estimate of x_0 limited to [low, high], for pixels and networks still young.
+def clamp_x0(denoise, schedule):
+    """The same denoiser with its estimate of x_0 limited to [-1, 1], for pixels and networks still young.
 
     Near t = 1 that estimate divides by a tiny alpha: small errors of the network become large ones in overall colour.
     """
@@ -295,7 +276,7 @@ def clamp_x0(denoise, schedule, low=-1.0, high=1.0):
         alpha, sigma = schedule.alpha_sigma(t)
         out = denoise(x, t)
         eps, _ = split(out, x)
-        x0 = ((x - sigma * eps) / alpha).clamp(low, high)
+        x0 = ((x - sigma * eps) / alpha).clamp(-1, 1)
         return torch.cat([(x - alpha * x0) / sigma, out[:, x.shape[1]:]], dim=1)
 
     return clamped
@@ -308,8 +289,13 @@ def clamp_x0(denoise, schedule, low=-1.0, high=1.0):
 # `progress` shows a bar.
 
 
-def progress_bar(pairs, name, progress):
-    return tqdm(pairs, desc=name, unit="step", leave=False, disable=not progress)
+def progress_bar(steps, name, progress):
+    return tqdm(steps, desc=name, unit="step", leave=False, disable=not progress)
+
+
+def pairs(times):
+    """Descending times -> (t, s) for each: it, and the one that follows; 0 follows the last."""
+    return list(zip(times, torch.cat([times[1:], times.new_zeros(1)])))
 
 
 def predicted_x0(denoise, schedule, x, t):
@@ -323,8 +309,8 @@ def euler(denoise, schedule, x, steps, randn=torch.randn_like, progress=False, l
 
     dx = [-beta/2 x - (1 + level^2)/2 beta score] dt + level sqrt(beta) dw, score = -eps / sigma   (arXiv:2011.13456)
     """
-    times = torch.cat([torch.linspace(1, 1e-3, steps, dtype=torch.float64), torch.zeros(1)])
-    for t, s in progress_bar(list(zip(times, times[1:])), "Euler", progress):
+    times = torch.linspace(1, 1e-3, steps, dtype=torch.float64)
+    for t, s in progress_bar(pairs(times), "Euler", progress):
         beta, (_, sigma) = schedule.beta(t), schedule.alpha_sigma(t)
         eps, _ = split(denoise(x, t), x)
         x = x + (s - t) * beta / 2 * ((1 + level**2) / sigma * eps - x)
@@ -335,8 +321,7 @@ def euler(denoise, schedule, x, steps, randn=torch.randn_like, progress=False, l
 
 def ancestral(denoise, schedule, x, steps, randn=torch.randn_like, progress=False):
     """DDPM's sampler: draw x_s from p(x_s | x_t) down a respaced chain. The variance is learned, or else beta~."""
-    times = torch.cat([schedule.times(steps), torch.zeros(1)])
-    for t, s in progress_bar(list(zip(times, times[1:])), "DDPM", progress):
+    for t, s in progress_bar(pairs(schedule.times(steps)), "DDPM", progress):
         alpha, sigma = schedule.alpha_sigma(t)
         c0, ct, low, high = schedule.posterior(s, t)
         eps, v = split(denoise(x, t), x)
@@ -349,41 +334,45 @@ def ancestral(denoise, schedule, x, steps, randn=torch.randn_like, progress=Fals
 
 def ddim(denoise, schedule, x, steps, randn=None, progress=False):
     """DDIM with eta = 0: keep the predicted x_0 and eps, and mix them anew for the next time. Deterministic."""
-    times = torch.cat([schedule.times(steps), torch.zeros(1)])
-    for t, s in progress_bar(list(zip(times, times[1:])), "DDIM", progress):
+    for t, s in progress_bar(pairs(schedule.times(steps)), "DDIM", progress):
         (alpha, sigma), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         eps, _ = split(denoise(x, t), x)
         x = alpha_s * (x - sigma * eps) / alpha + sigma_s * eps
     return x
 
 
-def dpm_solver(denoise, schedule, x, steps, randn=None, progress=False, data=False, grid="log_snr"):
+def solver_times(schedule, part, grid):
+    """The times at which a part (0 to 1) of the way from t = 1 to t_min is done, measured in "time" or in "log_snr"."""
+    ends = torch.tensor([1, schedule.t_min], dtype=torch.float64)
+    if grid == "time":
+        return torch.lerp(*ends, part)
+    return schedule.time(torch.lerp(*schedule.half_log_snr(ends), part))
+
+
+def dpm_solver(denoise, schedule, x, steps, randn=None, progress=False, data=False):
     """DPM-Solver, single-step, third order where it can ("fast"): `steps` evaluations in all, to t_min. Deterministic.
 
-    data  solve for the noise prediction (DPM-Solver) or the data prediction (DPM-Solver++, steadier under guidance)
-    grid  "log_snr": outer steps uniform in lambda, and inner points too. "time": `steps` intervals uniform in time, of
-          which an update of order k spans k
+    It solves for the noise prediction, in updates of equal length in lambda, with inner points evenly between. `data`:
+    for the data prediction (DPM-Solver++, steadier under guidance), with `steps` intervals of equal length in time, of
+    which an update of order k spans k.
     """
     if steps < 1:
         raise ValueError(f"{steps} sampling steps: DPM-Solver needs at least 1")
-    # 3, 3, .. and what is left in one or two last steps, of low order: there is most curvature.
-    orders = [3] * (steps // 3 - 1) + [2, 1] if steps % 3 == 0 else [3] * (steps // 3) + [steps % 3]
-    ends = torch.tensor([1, schedule.t_min], dtype=torch.float64)
-    if grid == "log_snr":
-        outer = torch.linspace(*schedule.half_log_snr(ends).tolist(), len(orders) + 1, dtype=torch.float64)
-        nodes = [schedule.time(torch.linspace(a, b, k + 1, dtype=torch.float64))
-                 for a, b, k in zip(outer.tolist(), outer[1:].tolist(), orders)]
-    else:
-        times = torch.linspace(*ends.tolist(), steps + 1, dtype=torch.float64)
-        nodes = [times[end - k:end + 1] for k, end in zip(orders, np.cumsum(orders).tolist())]
 
     def predict(x, t):
+        bar.update()
         return predicted_x0(denoise, schedule, x, t) if data else split(denoise(x, t), x)[0]
 
+    # 3, 3, .. and what is left in one or two last updates, of low order: there is most curvature.
+    orders = [3] * (steps // 3 - 1) + [2, 1] if steps % 3 == 0 else [3] * (steps // 3) + [steps % 3]
     with progress_bar(range(steps), "DPM-Solver++" if data else "DPM-Solver", progress) as bar:
-        for times in nodes:
+        for i, k in enumerate(orders):
+            nodes = torch.arange(k + 1, dtype=torch.float64)                # start, inner points and end of an update
+            if data:
+                times = solver_times(schedule, (sum(orders[:i]) + nodes) / steps, "time")
+            else:
+                times = solver_times(schedule, (i + nodes / k) / len(orders), "log_snr")
             x = dpm_step(predict, schedule, x, times, data)
-            bar.update(len(times) - 1)
     return x
 
 
@@ -422,22 +411,17 @@ def multistep(denoise, schedule, x, steps, randn=None, progress=False, grid="tim
         x_t = sigma_t / sigma_s x - alpha_t (e^-h - 1) (p + h / (2 h') (p - p'))
 
     The first step has no step before it, and the last of fewer than 15 is safer without: they are of first order.
-    grid: `steps` intervals uniform in "time" or in "log_snr", from t = 1 to t_min. Deterministic.
+    grid: `steps` intervals even in "time" or in "log_snr", from t = 1 to t_min. Deterministic.
     """
-    if steps < 1:
-        raise ValueError(f"{steps} sampling steps: DPM-Solver needs at least 1")
-    ends = torch.tensor([1, schedule.t_min], dtype=torch.float64)
-    first, last = (ends if grid == "time" else schedule.half_log_snr(ends)).tolist()
-    nodes = torch.linspace(first, last, steps + 1, dtype=torch.float64)
-    times = nodes if grid == "time" else schedule.time(nodes)
+    times = solver_times(schedule, torch.linspace(0, 1, steps + 1, dtype=torch.float64), grid)
     (alpha, sigma), h = schedule.alpha_sigma(times), schedule.half_log_snr(times).diff()
     before = None
     for i in progress_bar(range(steps), "DPM-Solver++(2M)", progress):
-        x0 = predicted_x0(denoise, schedule, x, times[i])
+        p = predicted_x0(denoise, schedule, x, times[i])
         first_order = i == 0 or i == steps - 1 < 14
-        p = x0 if first_order else x0 + h[i] / (2 * h[i - 1]) * (x0 - before)
-        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h[i]) * p
-        before = x0
+        change = 0 if first_order else h[i] / (2 * h[i - 1]) * (p - before)
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h[i]) * (p + change)
+        before = p
     return x
 
 
@@ -445,7 +429,7 @@ SAMPLERS = {
     "euler_maruyama": euler,
     "euler_ode": partial(euler, level=0.0),
     "dpm_solver": dpm_solver,
-    "dpm_solver++": partial(dpm_solver, data=True, grid="time"),
+    "dpm_solver++": partial(dpm_solver, data=True),
     "dpm_solver++2m": multistep,
     "ddpm": ancestral,
     "ddim": ddim,

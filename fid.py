@@ -11,10 +11,10 @@ A network turns every image into a vector, and the numbers compare two clouds of
     IS         exp(mean KL(p(y|x) || p(y))): sure of its class, but varied over images  Salimans 2016, 1606.03498
     precision  share of generated images in the cloud of real ones; recall: reversed    Kynkaanniemi 2019, 1904.06991
 
-The network is the Inception of 2015 that all papers report with, not torchvision's. Images are scaled to its 299 x 299
-in one of two ways, which differ in the result: TensorFlow's (ADM, DiT, U-DiT; the default) or pytorch-fid's (U-ViT).
-Compare numbers only of the same resize, reference and number of images (50,000 in the papers). Features agree with
-pytorch-fid 0.3.0 and torch-fidelity 0.4.0 to 2e-6, and all numbers made of them to 2e-8 (test_all.py holds some).
+The network is the Inception of 2015 that all papers report with. Images are scaled to its 299 x 299 in one of two
+ways, which differ in the result: TensorFlow's (ADM, DiT, U-DiT; the default) or pytorch-fid's (U-ViT). Compare numbers
+only of the same resize, reference and number of images (50,000 in the papers). Features agree with pytorch-fid 0.3.0
+and torch-fidelity 0.4.0 to 2e-6, and all numbers made of them to 2e-8 (test_all.py holds some).
 """
 import argparse
 import hashlib
@@ -24,15 +24,12 @@ import os
 import sys
 import zipfile
 import zlib
-from collections import OrderedDict
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -47,51 +44,27 @@ RELEASED = "6726825d"       # so begins that file's SHA-256
 VECTORS = 10_000            # reference images for precision and recall, as many as in guided-diffusion's files
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The network: Inception v3 (Szegedy et al. 2015, 1512.00567) as TensorFlow released it in December 2015
-
-average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-highest = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)     # in the last block only: so it was released
-shrink = partial(F.max_pool2d, kernel_size=3, stride=2)
+# The networks
 
 
-def conv(c_in, c_out, kernel, stride=1, same=True):
-    """Convolution, batch norm, ReLU. Keeps the size, unless same=False or stride=2: no padding then."""
-    kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    padding = (kernel[0] // 2, kernel[1] // 2) if same and stride == 1 else 0
-    return nn.Sequential(OrderedDict(conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
-                                     bn=nn.BatchNorm2d(c_out, eps=1e-3), relu=nn.ReLU(inplace=True)))
+class Repooled(nn.Module):
+    """A block of torchvision's Inception whose pooling branch, the last one, pools in another way."""
 
-
-class Block(nn.Module):
-    """Branches side by side, outputs stacked: x (N, c_in, H, W) -> (N, sum of the branches' channels, H', W').
-
-    layers are name=(channels, kernel[, stride]): branch_1, branch_2, .. follow each other; an "a" and a "b" have the
-    same input, and their outputs are stacked. branch_pool follows the function `pool`, else that is a branch by itself.
-    """
-
-    def __init__(self, c_in, pool, **layers):
+    def __init__(self, block, pool):
         super().__init__()
-        self.pool, channels = pool, {}
-        for name, (c_out, *rest) in layers.items():
-            branch = name.rsplit("_", 1)[0]
-            setattr(self, name, conv(channels.get(branch, c_in), c_out, *rest))
-            channels[branch] = c_out
+        self.block, self.pool, self.branch_pool = block, pool, block.branch_pool
+        block.branch_pool = nn.Identity()       # so that what the block itself pools is its last x.shape[1] channels
 
     def forward(self, x):
-        outputs = {}
-        for name, layer in self.named_children():
-            branch = name.rsplit("_", 1)[0]
-            if name.endswith("b"):
-                outputs[branch] = torch.cat([outputs[branch], layer(before)], dim=1)
-            else:
-                before = self.pool(x) if name == "branch_pool" else outputs.get(branch, x)
-                outputs[branch] = layer(before)
-        pooled = [] if hasattr(self, "branch_pool") else [self.pool(x)]
-        return torch.cat([*outputs.values(), *pooled], dim=1)
+        others = self.block(x)[:, :-x.shape[1]]
+        return torch.cat([others, self.branch_pool(self.pool(x))], dim=1)
 
 
-class Inception(nn.Module):
+class Inception(torchvision.models.Inception3):
     """uint8 images (N, 3, H, W) -> dict(pool3 (N, 2048), spatial (N, 2023), logits (N, 1008)), float32.
+
+    Inception v3 (Szegedy et al. 2015, 1512.00567) as TensorFlow released it in December 2015. It differs from
+    torchvision's in its averages, which do not count the padding, and in its last block, which takes the maximum.
 
     path    weights with the names and shapes of pytorch-fid's release (None: that file, downloaded once)
     resize  "tensorflow" or "pytorch": how images come to 299 x 299
@@ -100,39 +73,16 @@ class Inception(nn.Module):
     """
 
     def __init__(self, path=None, resize="tensorflow"):
-        super().__init__()
         if resize not in ("tensorflow", "pytorch"):
             raise ValueError(f"unknown resize {resize!r}: choose tensorflow or pytorch")
-        self.Conv2d_1a_3x3 = conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = conv(32, 32, 3, same=False)
-        self.Conv2d_2b_3x3 = conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = conv(80, 192, 3, same=False)
-        for name, c_in, pool in [("Mixed_5b", 192, 32), ("Mixed_5c", 256, 64), ("Mixed_5d", 288, 64)]:
-            setattr(self, name, Block(
-                c_in, average, branch1x1=(64, 1), branch5x5_1=(48, 1), branch5x5_2=(64, 5),
-                branch3x3dbl_1=(64, 1), branch3x3dbl_2=(96, 3), branch3x3dbl_3=(96, 3), branch_pool=(pool, 1)))
-        self.Mixed_6a = Block(288, shrink, branch3x3=(384, 3, 2),
-                              branch3x3dbl_1=(64, 1), branch3x3dbl_2=(96, 3), branch3x3dbl_3=(96, 3, 2))
-        for name, c in [("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)]:
-            setattr(self, name, Block(
-                768, average, branch1x1=(192, 1),
-                branch7x7_1=(c, 1), branch7x7_2=(c, (1, 7)), branch7x7_3=(192, (7, 1)),
-                branch7x7dbl_1=(c, 1), branch7x7dbl_2=(c, (7, 1)), branch7x7dbl_3=(c, (1, 7)),
-                branch7x7dbl_4=(c, (7, 1)), branch7x7dbl_5=(192, (1, 7)), branch_pool=(192, 1)))
-        self.Mixed_7a = Block(
-            768, shrink, branch3x3_1=(192, 1), branch3x3_2=(320, 3, 2),
-            branch7x7x3_1=(192, 1), branch7x7x3_2=(192, (1, 7)), branch7x7x3_3=(192, (7, 1)), branch7x7x3_4=(192, 3, 2))
-        for name, c_in, pool in [("Mixed_7b", 1280, average), ("Mixed_7c", 2048, highest)]:
-            setattr(self, name, Block(
-                c_in, pool, branch1x1=(320, 1),
-                branch3x3_1=(384, 1), branch3x3_2a=(384, (1, 3)), branch3x3_2b=(384, (3, 1)),
-                branch3x3dbl_1=(448, 1), branch3x3dbl_2=(384, 3),
-                branch3x3dbl_3a=(384, (1, 3)), branch3x3dbl_3b=(384, (3, 1)), branch_pool=(192, 1)))
-        self.fc = nn.Linear(2048, 1008)
+        super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
         path = path or download()
         sample.load_weights(self, sample.read_weights(path)[0], path)
         self.eval().requires_grad_(False)
+        for name, block in list(self.named_children()):
+            if hasattr(block, "branch_pool"):
+                setattr(self, name, Repooled(block, nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)))
+        self.Mixed_7c.pool = nn.MaxPool2d(3, stride=1, padding=1)
         for layer in list(self.modules()):      # a batch norm, once trained, is linear, and goes into the convolution
             if hasattr(layer, "bn"):
                 layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
@@ -147,13 +97,13 @@ class Inception(nn.Module):
         x = resize(images.float(), 299, centres=pytorch)                            # (N, 3, 299, 299), 0 to 255
         x = x / 127.5 - 1 if pytorch else (x - 128) / 128
         x = self.Conv2d_1a_3x3(x.contiguous(memory_format=torch.channels_last))     # (N, 32, 149, 149)
-        x = shrink(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(x)))                       # (N, 64, 73, 73)
-        x = shrink(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))                       # (N, 192, 35, 35)
+        x = self.maxpool1(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(x)))                # (N, 64, 73, 73)
+        x = self.maxpool2(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))                # (N, 192, 35, 35)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                          # (N, 288, 35, 35)
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))           # (N, 768, 17, 17)
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)       # 7 of the 192 channels of its first branch, branch1x1
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                           # (N, 2023): 7 channels of branch1x1
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))           # (N, 2048, 8, 8)
-        pool3 = x.mean(dim=(2, 3))
+        pool3 = x.mean(dim=(2, 3))                                                  # (N, 2048)
         return dict(pool3=pool3, spatial=spatial, logits=pool3 @ self.fc.weight.T)
 
 
@@ -317,30 +267,37 @@ def share_inside(points, cloud, k, block=2000):
 
 
 def open_input(name, args, here):
-    """A data set, folder or npz -> (its images or None, its statistics {mu, sigma[, mu_s, sigma_s]} or {})."""
+    """A data set, folder or npz -> (its images or None, its statistics or {}, and what it is: {source, size})."""
     if name in data.DATASETS or Path(name).is_dir():
-        own_size = name in data.DATASETS or (Path(name) / "encoding.json").exists()
         with here.first():
-            images = data.load(name, args.data_dir, args.size or (None if own_size else common_size(name)))
+            size = args.size or (common_size(name) if data.kind(name) == "folder" else None)
+            images, statistics = data.load(name, args.data_dir, size), {}
         if images.encoding:
             raise ValueError(f"{name}: holds latents, no images; give the folder of images that they were made of")
-        return images, {}
-    if not zipfile.is_zipfile(name):
-        what = "not an npz (or a damaged one)," if Path(name).exists() else "no such file,"
-        raise ValueError(f"{name}: {what} folder, or data set ({', '.join(data.DATASETS)})")
+    else:
+        images, statistics = read_npz(name)
+    return images, statistics, dict(source=name, size=None if images is None else pixels(images.shape))
+
+
+def read_npz(path):
+    """An npz -> (its images, arr_0, or None; its statistics {mu, sigma[, mu_s, sigma_s, made]} or {})."""
+    if not zipfile.is_zipfile(path):
+        what = "not an npz (or a damaged one)" if Path(path).exists() else "no such file"
+        raise ValueError(f"{path}: {what}, folder, or data set ({', '.join(data.DATASETS)})")
     try:
-        with np.load(name, allow_pickle=False) as npz:
-            held = {key: npz[key] for key in ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "made") if key in npz}
-            if "arr_0" not in held and not {"mu", "sigma"} <= held.keys():
+        with np.load(path, allow_pickle=False) as npz:
+            statistics = {key: npz[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "made") if key in npz}
+            statistics = statistics if {"mu", "sigma"} <= statistics.keys() else {}
+            rows = npz["arr_0"] if "arr_0" in npz else None
+            if rows is None and not statistics:
                 raise ValueError(f"neither arr_0 (images) nor mu and sigma (statistics) is in it, but {', '.join(npz)}")
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
-    rows, statistics = held.pop("arr_0", None), held if "sigma" in held else {}
+        raise ValueError(f"{path}: {error}") from None
     if rows is None:
         return None, statistics
     if rows.dtype != np.uint8 or rows.ndim != 4 or rows.shape[3] != 3:
         hint = " (NCHW? transpose(0, 2, 3, 1))" if rows.shape[1:2] == (3,) else ""
-        raise ValueError(f"{name}: arr_0 is {rows.dtype} {rows.shape}{hint}; expected uint8, 0 to 255, (N, H, W, 3)")
+        raise ValueError(f"{path}: arr_0 is {rows.dtype} {rows.shape}{hint}; expected uint8, 0 to 255, (N, H, W, 3)")
     return data.ImagesInMemory(torch.from_numpy(rows).permute(0, 3, 1, 2)), statistics
 
 
@@ -356,32 +313,32 @@ def common_size(folder):
     return image.width
 
 
+def pixels(shape):
+    return f"{shape[-2]}x{shape[-1]}"
+
+
 def read_batches(images, name, args, here):
     """This process's batches of a data set, every world-th one: (index of the first, uint8 images)."""
     n, step = len(images), args.batch_size
     if n < 2:
         raise ValueError(f"{name}: {n} image(s); a covariance takes at least two, a good one 50000")
-    firsts = range(here.rank * step, n, here.world * step)
-    order = [np.stack([np.arange(i, min(i + step, n)), np.zeros(min(step, n - i), np.int64)], axis=1) for i in firsts]
+    batches = [np.arange(i, min(i + step, n)) for i in range(here.rank * step, n, here.world * step)]
+    order = [np.stack([index, 0 * index], axis=1) for index in batches]
     with tqdm(total=n, desc=name, unit="image", disable=here.rank > 0,
               mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        for first, (batch, _) in zip(firsts, images.batches(order, "cpu", workers=4)):
-            yield first, batch
-            bar.update(min(step * here.world, n - first))
+        for index, (batch, _) in zip(batches, images.batches(order, "cpu", workers=4)):
+            yield index[0], batch
+            bar.update(min(step * here.world, n - index[0]))
 
 
 def sample_batches(args, here):
-    """What sample.py would write, by its flags -> (batches as above, how they are made)."""
+    """What sample.py would write, by its flags -> (batches as above, and how they are made)."""
     source = sample.open_source(args, here.device)
     conditions = sample.parse_conditions(args, source)
     batches = sample.sampled(source, conditions, args.num, args.batch_size, here, args.amp == "bf16")
     made = dict(source=str(source.path), size=pixels(source.image_shape), step=source.step, weights=source.weights,
                 **source.settings, labels=args.labels, prompt=args.prompt, amp=args.amp)
     return ((indices[0], images) for indices, images in batches), made
-
-
-def pixels(shape):
-    return f"{shape[-2]}x{shape[-1]}"
 
 
 def collect(network, batches, here, keep=()):
@@ -395,10 +352,10 @@ def collect(network, batches, here, keep=()):
             part = Moments(out[name])
             moments[name] = moments[name].add(part) if name in moments else part
         kept[first] = {name: out[name].float().cpu() for name in keep}
-    everyone = [(moments, kept)]
+    everyone = [({name: part.cpu() for name, part in moments.items()}, kept)]
     if here.distributed:
-        everyone = [None] * here.world if here.rank == 0 else None
-        dist.gather_object(({name: part.cpu() for name, part in moments.items()}, kept), everyone)
+        mine, everyone = everyone[0], [None] * here.world if here.rank == 0 else None
+        dist.gather_object(mine, everyone)
     if here.rank > 0:
         return {}
     moments, kept = everyone[0]
@@ -409,8 +366,8 @@ def collect(network, batches, here, keep=()):
     numbers = {name: torch.cat([kept[first][name] for first in sorted(kept)]).numpy() for name in keep}
     for name, suffix in [("pool3", ""), ("spatial", "_s")]:
         if name in moments:
-            numbers["mu" + suffix] = moments[name].mean.cpu().numpy()
-            numbers["sigma" + suffix] = moments[name].scatter.cpu().numpy() / (moments[name].n - 1)
+            numbers["mu" + suffix] = moments[name].mean.numpy()
+            numbers["sigma" + suffix] = moments[name].scatter.numpy() / (moments[name].n - 1)
     return dict(numbers, n=moments["pool3"].n)
 
 
@@ -460,10 +417,11 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if bool(args.samples) == bool(args.ckpt or args.weights):
         raise ValueError(f"give either {kinds}; or --ckpt or --weights, to sample from")
-    train.check_bounds(vars(args))
     if args.size is not None and args.size < 1:
         raise ValueError(f"--size {args.size}: must be at least 1")
-    if not args.samples:
+    if args.samples:
+        train.check_bounds(vars(args))
+    else:
         sample.check_flags(args)
         if (args.num or 0) < 2:
             raise ValueError("--num N: say how many images to sample, at least 2 (50000 in the papers)")
@@ -475,27 +433,28 @@ def main(argv=None):
     here = train.Processes(args.device)
     torch.backends.cudnn.allow_tf32 = False         # features in full float32 on every machine
     torch.set_float32_matmul_precision("highest")
-    real_images, real = open_input(args.ref, args, here)
+    real_images, real, reference = open_input(args.ref, args, here)
     if args.samples:
-        images, fake = open_input(args.samples, args, here)
+        images, fake, samples = open_input(args.samples, args, here)
         batches = None if images is None else read_batches(images, args.samples, args, here)
-        made = dict(source=args.samples, size=images and pixels(images.shape))
     else:
-        (batches, made), fake = sample_batches(args, here), {}
+        (batches, samples), fake = sample_batches(args, here), {}
     with_pr = args.pr and batches is not None and real_images is not None
-    network = SimpleNamespace(made={})              # two files of statistics need none
+    network = None                                  # two files of statistics need none
     if batches is not None or not real:
         with here.first():
             network = Scripted(args.features) if args.features else Inception(args.inception, args.resize)
         network.to(here.device)
-    made_by = agreed(network.made, {args.ref: real, args.samples: fake})
+    made_by = agreed(network.made if network else {}, {args.ref: real, args.samples: fake})
     if with_pr or not real:
         found = collect_reference(network, real_images, args, here)
         real = {**real, "pool3": found.get("pool3")} if real else found     # published statistics go first
     if batches is not None:
         fake = collect(network, batches, here, ["pool3"] * with_pr + ["logits"] * (not args.features))
     if here.rank == 0:
-        report(args, here, made_by, fake, made, real, real_images)
+        samples["n"], reference["n"] = fake.get("n"), real.get("n")
+        how = dict(samples=samples, reference=reference, network=made_by)
+        report(compare(fake, real, made_by, here.device), how, args.json)
     here.close()
 
 
@@ -511,36 +470,39 @@ def agreed(network, files):
     return network
 
 
-def report(args, here, network, fake, made, real, real_images):
-    """Numbers from the statistics of both sides, printed with how they were made."""
-    inception = network.get("network", "Inception") == "Inception"
-    name = "FID" if inception else f"Frechet distance on {network['network']}"
+def compare(fake, real, network, device):
+    """The statistics of both sides -> {name of a number: its value}, of whatever they allow."""
+    name = network.get("network", "Inception")
+    name = "FID" if name == "Inception" else f"Frechet distance on {name}"
     numbers = {name: frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])}
     if "mu_s" in fake and "mu_s" in real:
         numbers["sFID"] = frechet_distance(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])
     if "logits" in fake:
         numbers["IS"], numbers["IS deviation"] = inception_score(fake["logits"], min(10, fake["n"]))
     if "pool3" in fake:
-        vectors = [torch.from_numpy(side["pool3"]).to(here.device) for side in (real, fake)]
+        vectors = [torch.from_numpy(side["pool3"]).to(device) for side in (real, fake)]
         numbers["precision"], numbers["recall"] = precision_recall(*vectors)
+    return numbers
 
-    reference = dict(source=args.ref, n=real.get("n"), size=real_images and pixels(real_images.shape))
-    how = dict(samples={**made, "n": fake.get("n")}, reference=reference, network=network)
+
+def report(numbers, how, as_json):
+    """Print the numbers and how both sides were made, {side: {fact: value or None}}; and warn where they mislead."""
     how = {side: {key: value for key, value in facts.items() if value is not None} for side, facts in how.items()}
-    warnings = [f"{how[side]['n']} {side}: under 2048 images the covariance has no full rank, and the distance is too "
-                "large" for side in ("samples", "reference") if how[side].get("n", math.inf) < 2048]
-    if inception and network.get("weights", RELEASED) != RELEASED:
+    samples, reference, network = how.values()
+    warnings = [f"{facts['n']} {side}: under 2048 images the covariance has no full rank, and the distance is too large"
+                for side, facts in how.items() if facts.get("n", math.inf) < 2048]
+    if "FID" in numbers and network.get("weights", RELEASED) != RELEASED:
         warnings.append("these are not the released weights of Inception: no published FID compares with this")
-    if reference["size"] and made["size"] and reference["size"] != made["size"]:
-        warnings.append(f"samples of {made['size']} pixels against {reference['size']}: files are scaled by --size")
+    if "size" in samples and "size" in reference and samples["size"] != reference["size"]:
+        warnings.append(f"samples of {samples['size']} pixels against {reference['size']}: files are scaled by --size")
     for warning in warnings:
         print(f"fid.py: warning: {warning}", file=sys.stderr)
-    if args.json:
+    if as_json:
         return print(json.dumps({**numbers, **how}))
     for name, value in numbers.items():
         print(f"{name:<12} {value:#.6g}")
-    for name, facts in how.items():
-        print(f"{name:<12} {', '.join(f'{key} {value}' for key, value in facts.items())}")
+    for side, facts in how.items():
+        print(f"{side:<12} {', '.join(f'{key} {value}' for key, value in facts.items())}")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@
 
 --out decides the form: a .png grid (a row for each label or prompt), an .npz (arr_0: uint8 (N, H, W, 3), arr_1:
 labels), or a folder of PNGs. --sweep draws a grid with a row for each guidance weight, --walk one that goes from one
-noise, or one class or prompt, to another. Latents are decoded by the autoencoder they were made with (diffusers), prompts encoded by CLIP
-(transformers). Image i depends on the seed, i and its condition, not on the batch size or the number of processes (up
-to rounding: for another batch, kernels add in another order). The lone "--" keeps a recent torchrun from taking --num
-for an abbreviation of its own --numa-binding.
+noise, class or prompt to another. Latents are decoded by the autoencoder they were made with, prompts encoded by CLIP.
+Image i depends on the seed, i and its condition, not on the batch size or the number of processes (up to rounding: for
+another batch, kernels add in another order). The lone "--" keeps recent torchruns from taking --num for their own.
 """
 import argparse
 import math
@@ -83,8 +82,16 @@ def parse(argv=None):
              "to the second (linear)")
     args = p.parse_args(argv)
     check_flags(args)
-    if (args.sweep or args.walk) and (bool(args.sweep) == bool(args.walk) or Path(args.out).suffix.lower() != ".png"):
+    out = args.out = Path(args.out)
+    args.form = out.suffix.lower() or "folder"
+    if args.sweep and args.walk or (args.sweep or args.walk) and args.form != ".png":
         raise ValueError("--sweep and --walk each draw a grid: give one of them, and an --out that ends in .png")
+    if args.form not in (".png", ".npz", "folder"):
+        raise ValueError(f"--out {out}: give a name that ends in .png or .npz, or a folder's without a dot")
+    if args.form == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder; images would be mixed up")
+    if args.form == ".npz" and out.exists() or args.form == ".png" and out.is_dir():
+        raise ValueError(f"--out {out}: exists already; remove it or give another name")
     return args
 
 
@@ -126,12 +133,12 @@ def load_weights(model, state, path):
     fixed = {name for name, _ in model.named_buffers()}
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     other = {name: tuple(value.shape) for name, value in state.items()}
-    problems = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ..' if len(names) > 3 else ''})" for kind, names in [
-        ("missing", [name for name in own if name not in other]),
-        ("unexpected", [name for name in other if name not in own]),
-        ("of another shape", [f"{name} {other[name]}, here {own[name]}" for name in own
-                              if name in other and own[name] != other[name] and name not in fixed]),
-    ] if names]
+    shared = [name for name in own if name in other and name not in fixed]
+    wrong = {"missing": [name for name in own if name not in other],
+             "unexpected": [name for name in other if name not in own],
+             "of another shape": [f"{n} {other[n]}, here {own[n]}" for n in shared if own[n] != other[n]]}
+    problems = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ..' if len(names) > 3 else ''})"
+                for kind, names in wrong.items() if names]
     if problems:
         raise ValueError(f"{path}: does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state)
@@ -149,8 +156,8 @@ def open_source(args, device):
         kind = data.kind(args.data)
         config = train.recipe(args.model, kind)
         name, path, step, names, null = args.model, args.weights, None, [], None
-        encoding = data.ENCODINGS.get(args.data) if args.data in data.DATASETS or kind == "folder" else (
-            data.read_encoding(args.data))
+        encoded = args.data not in data.DATASETS and kind != "folder"
+        encoding = data.read_encoding(args.data) if encoded else data.ENCODINGS.get(args.data)
         weights, key = read_weights(path, args.raw)
         size = args.image_size or (encoding["image_size"] if encoding else data.IMAGE_SIZE[kind])
         arguments, shape = released_arguments(weights, config, size, encoding)
@@ -171,17 +178,15 @@ def open_source(args, device):
     if classes and arguments["null_class"]:
         null = torch.tensor(classes, device=device)
 
-    def setting(given, key):
-        return config[key] if given is None else given
-
+    settings = {name: config[key] if given is None else given for name, given, key in [
+        ("sampler", args.sampler, "sampler"), ("steps", args.steps, "sample_steps"), ("w", args.cfg, "cfg"),
+        ("clip", args.clip_x0, "clip_x0")]}
     return SimpleNamespace(
-        model=model, compiled=args.compile, schedule=diffusion.SCHEDULES[config["schedule"]](), shape=shape, device=device, encoding=encoding,
-        image_shape=(3, encoding["image_size"], encoding["image_size"]) if encoding else shape,
-        decode=data.decoder(encoding, device), num_classes=classes, text="text_dim" in arguments, null=null,
-        class_names=names, path=path, step=step, weights={"ema": "EMA", "model": "raw"}.get(key, "as they are"),
-        settings=dict(sampler=setting(args.sampler, "sampler"), steps=setting(args.steps, "sample_steps"),
-                      w=setting(args.cfg, "cfg"), channels=args.cfg_channels, clip=setting(args.clip_x0, "clip_x0"),
-                      seed=args.seed))
+        model=model, compiled=args.compile, device=device, schedule=diffusion.SCHEDULES[config["schedule"]](),
+        shape=shape, image_shape=(3, *[encoding["image_size"]] * 2) if encoding else shape, encoding=encoding,
+        decode=data.decoder(encoding, device), num_classes=classes, class_names=names, text="text_dim" in arguments,
+        null=null, path=path, step=step, weights={"ema": "EMA", "model": "raw"}.get(key, "as they are"),
+        settings=dict(settings, channels=args.cfg_channels, seed=args.seed))
 
 
 def released_arguments(weights, config, image_size, encoding):
@@ -239,7 +244,8 @@ def parse_conditions(args, source):
         labels = parse_labels(args.labels, source) if args.labels else range(source.num_classes)
         y = torch.tensor(list(labels), device=source.device)
     if source.settings["w"] != 1 and (y is None or source.null is None):
-        raise ValueError(f"--cfg {source.settings['w']:g}: {source.path} has no null label to guide with; leave it at 1")
+        raise ValueError(f"--cfg {source.settings['w']:g}: {source.path} has no null label to guide with; "
+                         "leave it at 1")
     return y
 
 
@@ -303,7 +309,7 @@ def conditions_between(model, y, fractions):
     return known + torch.arange(len(f), device=y.device)
 
 
-def plan(args, source, y, form):
+def plan(args, source, y):
     """What to draw: (number of images in a job, rows of the grid, jobs), a job being arguments of `sampled`."""
     columns = args.num or 8
     if args.sweep:
@@ -321,35 +327,28 @@ def plan(args, source, y, form):
             raise ValueError("--walk condition goes from one to another: give two --labels or two texts to --prompt")
         between = conditions_between(source.model, y, at)
         return columns, 4, [dict(conditions=between, noise=walk(row, row)) for row in range(4)]
-    given = args.labels or args.prompt
     rows = 0 if y is None else len(y)
-    return args.num or (8 * rows if rows and (given or form == ".png") else 64), rows, [dict(conditions=y)]
+    of_each = rows and (args.labels or args.prompt or args.form == ".png")
+    return args.num or (8 * rows if of_each else 64), rows, [dict(conditions=y)]
 
 
 def main(argv=None):
     args = parse(argv)
     here = train.Processes(args.device)
     source = open_source(args, here.device)
-    out = Path(args.out)
-    form = out.suffix.lower() or "folder"
-    if form not in (".png", ".npz", "folder"):
-        raise ValueError(f"--out {out}: give a name that ends in .png or .npz, or a folder's without a dot")
-    if form == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder; images would be mixed up")
-    if form == ".npz" and out.exists() or form == ".png" and out.is_dir():
-        raise ValueError(f"--out {out}: exists already; remove it or give another name")
+    out, form = args.out, args.form
     if args.sweep:
-        source.settings["w"] = max(args.sweep, key=lambda w: w != 1)        # checked with the conditions
+        source.settings["w"] = next((w for w in args.sweep if w != 1), 1)       # checked with the conditions
     y = parse_conditions(args, source)
-    if y is not None and form == ".png" and len(y) > 10 and not (args.labels or args.prompt):
-        y = y[::math.ceil(len(y) / 10)]
-    num, rows, jobs = plan(args, source, y, form)
-    images = (num * len(jobs), *source.image_shape)
+    if y is not None and form == ".png" and not (args.labels or args.prompt):
+        y = y[::math.ceil(len(y) / 10)]         # ten rows at most
+    num, rows, jobs = plan(args, source, y)
+    shape = (num * len(jobs), *source.image_shape)
     with train.writing(out):
         (out if form == "folder" else out.parent).mkdir(parents=True, exist_ok=True)
-    needed, free = 2 * math.prod(images), shutil.disk_usage(out.parent).free
+    needed, free = 2 * math.prod(shape), shutil.disk_usage(out.parent).free
     if form != "folder" and needed > free:
-        raise OSError(f"--out {out}: {num * len(jobs)} images take {needed / 1e9:.1f} GB while they are made, and "
+        raise OSError(f"--out {out}: {shape[0]} images take {needed / 1e9:.1f} GB while they are made, and "
                       f"{free / 1e9:.1f} are free; make room or give another --out")
 
     # Every process writes its rows, job by job, into one file on disk, which the first one then puts into form.
@@ -357,7 +356,7 @@ def main(argv=None):
     try:
         if form != "folder" and here.rank == 0:
             with train.writing(out):
-                np.lib.format.open_memmap(part, "w+", np.uint8, images)
+                np.lib.format.open_memmap(part, "w+", np.uint8, shape)
         here.highest()      # wait for one another
         for number, job in enumerate(jobs):
             for indices, batch in sampled(source, **job, num=num, batch_size=args.batch_size, here=here,
@@ -378,7 +377,7 @@ def main(argv=None):
                 out.unlink(missing_ok=True)
                 raise
         elif here.rank == 0 and form == ".png":     # image i of job j becomes row i * jobs + j
-            images = np.load(part).reshape(len(jobs), num, *source.image_shape).swapaxes(0, 1).reshape(images)
+            images = np.load(part).reshape(len(jobs), num, *source.image_shape).swapaxes(0, 1).reshape(shape)
             with train.writing(out):
                 data.save_grid(torch.from_numpy(images), out, rows)
     finally:
@@ -387,7 +386,7 @@ def main(argv=None):
     if here.rank == 0:
         settings, step = source.settings, "" if source.step is None else f", step {source.step}"
         w = ", ".join(f"{w:g}" for w in args.sweep or [settings["w"]])
-        print(f"{out}: {num * len(jobs)} images from {source.path} (weights {source.weights}{step}), "
+        print(f"{out}: {shape[0]} images from {source.path} (weights {source.weights}{step}), "
               f"{settings['sampler']} {settings['steps']} steps, w {w}, seed {settings['seed']}")
     here.close()
 
