@@ -138,31 +138,33 @@ def parse(argv=None):
     add("--data", required=True, metavar="NAME_OR_FOLDER", help=f"{', '.join(data.DATASETS)}, or a folder: of images "
         "(flat, or one folder for each class), or written by data.py encode")
     add("--data-dir", metavar="DIR", help="where a named data set lies (default data/)")
-    add("--image-size", type=int, metavar="PIXELS", help="of a folder (default 64), shapes (16) or cifar10 (32 or 16)")
+    add("--image-size", type=int, metavar="PIXELS",
+        help="for a folder of images (default 64), shapes (default 16), or cifar10 (32, or 16); others have their own")
     add("--class-cond", action=yes_no, help="train on the labels (default: the recipe's, or wherever there are any)")
-    add("--model-args", nargs="*", default=[], metavar="KEY=VALUE", help="of its constructor: width=256 skip=none ..")
+    add("--model-args", nargs="*", default=[], metavar="KEY=VALUE",
+        help="arguments of the model's constructor, e.g. width=256 depth=8 skip=none")
     add("--schedule", choices=diffusion.SCHEDULES, help="how noise is added")
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, help="training steps in all")
     add("--batch-size", type=int, metavar="N", help="images in a step, over all processes")
     add("--accumulate", type=int, metavar="N",
-        help=f"backward passes of a process in a step, to save memory (default: of {PASS} images at most)")
+        help=f"split each process's share into N backward passes, to save memory (default: of {PASS} images at most)")
     add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
     add("--warmup", type=int, metavar="STEPS", help="steps over which the learning rate rises linearly")
     add("--weight-decay", type=float)
     add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="AdamW's")
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm (default 0: no limit, as in the papers)")
-    add("--ema", type=float, metavar="DECAY", help="of the average; (1 + step) / (10 + step) if less (default 0.9999)")
+    add("--ema", type=float, metavar="DECAY",
+        help="of the averaged weights, reached by min(DECAY, (1 + step) / (10 + step)) (default 0.9999)")
     add("--label-dropout", type=float, metavar="P",
         help="share of labels (captions) replaced by the null label (the empty text), for guidance")
     add = p.add_argument_group("machine").add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--amp", choices=["bf16", "fp16", "off"],
-        help="autocast type (default bf16 on cuda, off on cpu: seldom faster there)")
+        help="autocast type (default bf16 on cuda, off on cpu, where it is seldom faster)")
     add("--compile", action=yes_no, help="torch.compile the model: a minute at the start, then faster steps on a GPU")
     add("--grad-checkpoint", action=yes_no, help="recompute activations in the backward pass: less memory, slower")
-    add("--deterministic", action=yes_no,
-        help="only kernels that add in a fixed order: two GPU runs agree to the last bit too, at some cost in speed")
+    add("--deterministic", action=yes_no, help="two runs agree to the last bit on a GPU too, at some cost in speed")
     add("--workers", type=int, metavar="N", help="reading processes, for data too large for memory (default 4)")
     add = p.add_argument_group("run").add_argument
     add("--out", metavar="FOLDER", help="default runs/<model>-<data>")
@@ -329,7 +331,7 @@ def read_checkpoint(path):
     except (MemoryError, OSError):
         raise                       # the machine's fault, not the file's
     except Exception as error:      # whatever zipfile, pickle and torch make of arbitrary bytes
-        raise Damaged(f"{path}: damaged, or not a checkpoint ({data.one_line(error)})") from None
+        raise Damaged(f"{path}: damaged, or not a checkpoint ({data.one_line(error) or repr(error)})") from None
     needed = {"model", "ema", "step", "config", "model_args", "shape", "class_names", "encoding", "null"}
     if not isinstance(state, dict) or not needed <= state.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it; give a file of weights "
@@ -426,6 +428,7 @@ def draw_grid(model, schedule, config, dataset, null, autocast, decode, device, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The run, from the command line to the last step
 
 
 def main(argv=None):
@@ -543,8 +546,8 @@ def main(argv=None):
             y = y if conditional else None
             if null is not None:
                 y = torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)
-            last = i == config.accumulate - 1
-            with contextlib.nullcontext() if last or not here.distributed else network.no_sync():
+            adds_up = not here.distributed or i == config.accumulate - 1    # over the processes: in the last pass alone
+            with contextlib.nullcontext() if adds_up else network.no_sync():
                 with autocast:
                     loss = schedule.loss(network, x0, y, t, noise).mean() / config.accumulate
                 scaler.scale(loss).backward()
