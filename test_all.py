@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from functools import partial
 from pathlib import Path
@@ -2006,6 +2007,16 @@ def test_run_of_damaged_checkpoints_alone_is_not_started_anew(tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match="no checkpoint can be read"):
             train.main([*SMALL, "--out", str(tmp_path)])
+
+
+def test_archive_without_content_is_damaged(tmp_path):
+    """A zip file whose checksums are right but whose pickle is empty: torch's error has no text, ours has one line."""
+    torch.save({}, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "empty.pt", "w") as empty:
+        for name in whole.namelist():
+            empty.writestr(name, b"" if name.endswith("data.pkl") else whole.read(name))
+    with pytest.raises(train.Damaged, match=r"empty.pt: damaged, or not a checkpoint \(\w+"):
+        train.read_checkpoint(tmp_path / "empty.pt")
 
 
 @contextlib.contextmanager

@@ -52,20 +52,20 @@ NETWORKS = {"uvit": uvit.UViT, "dit": dit.DiT, "udit": udit.UDiT, "unet": unet.U
 # imagenet256 (labels), imagenet512 (labels, larger than 32 x 32), mscoco256 (captions).
 
 # U-ViT, arXiv:2209.12152, appendix B and the released code
-UVIT = dict(batch_size=128, steps=500_000, warmup=5000, lr=2e-4, weight_decay=0.03, betas=(0.99, 0.99), schedule="vp",
+UVIT = dict(batch_size=128, steps=500_000, warmup=5000, lr=2e-4, weight_decay=0.03, betas=[0.99, 0.99], schedule="vp",
             label_dropout=0.0)
 LARGE = dict(UVIT, batch_size=1024, class_cond=True, sampler="dpm_solver", sample_steps=50)
 LATENT = dict(LARGE, schedule="sd", label_dropout=0.1, sampler="dpm_solver++")
-TEXT = dict(LATENT, batch_size=256, steps=1_000_000, betas=(0.9, 0.9), class_cond=False, cfg=2.0)
+TEXT = dict(LATENT, batch_size=256, steps=1_000_000, betas=[0.9, 0.9], class_cond=False, cfg=2.0)
 # DiT, arXiv:2212.09748, section 4, and U-DiT, arXiv:2405.02730, section 5
-DIT = dict(batch_size=256, steps=400_000, warmup=0, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), schedule="ddpm",
+DIT = dict(batch_size=256, steps=400_000, warmup=0, lr=1e-4, weight_decay=0.0, betas=[0.9, 0.999], schedule="ddpm",
            class_cond=None, label_dropout=0.1, sampler="ddpm", sample_steps=250)
 # Ours, for minutes on two CPU cores
-SHAPES = dict(batch_size=64, steps=5000, warmup=100, lr=4e-3, weight_decay=0.03, betas=(0.9, 0.99), class_cond=True,
+SHAPES = dict(batch_size=64, steps=5000, warmup=100, lr=4e-3, weight_decay=0.03, betas=[0.9, 0.99], class_cond=True,
               label_dropout=0.1, sampler="ddpm", sample_steps=100, clip_x0=True, log_every=50, sample_every=500,
               save_every=500)
 RECIPES = {
-    ("uvit", "cifar10"): dict(UVIT, warmup=2500, betas=(0.99, 0.999), class_cond=False, sampler="euler_maruyama",
+    ("uvit", "cifar10"): dict(UVIT, warmup=2500, betas=[0.99, 0.999], class_cond=False, sampler="euler_maruyama",
                               sample_steps=1000),
     ("uvit", "celeba64"): dict(UVIT, class_cond=False, sampler="euler_maruyama", sample_steps=1000),
     ("uvit", "imagenet64"): dict(LARGE, steps=300_000, lr=3e-4),
@@ -74,7 +74,7 @@ RECIPES = {
     ("uvit", "imagenet512"): dict(LATENT, cfg=1.7),
     ("uvit_l4", "imagenet512"): dict(schedule="vp", label_dropout=0.15, sampler="dpm_solver"),
     ("uvit", "mscoco256"): TEXT,
-    ("uvit", "folder"): dict(UVIT, warmup=2500, betas=(0.99, 0.999), class_cond=None, label_dropout=0.1,
+    ("uvit", "folder"): dict(UVIT, warmup=2500, betas=[0.99, 0.999], class_cond=None, label_dropout=0.1,
                              sampler="dpm_solver", sample_steps=50),
     ("uvit", "shapes"): dict(SHAPES, schedule="vp"),
     ("dit", "imagenet256"): dict(DIT, class_cond=True, cfg=1.5),
@@ -93,8 +93,8 @@ RECIPES = {
     ("unet", "folder"): DIT,
     ("unet", "shapes"): dict(SHAPES, steps=2000, schedule="vp"),            # after 1588, 100 of 100 samples were right
 }
-COMMON = dict(accumulate=None, ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, log_every=100, sample_every=10_000,
-              save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=False, deterministic=False)
+COMMON = dict(ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, log_every=100, sample_every=10_000, save_every=5000,
+              seed=0, workers=4, compile=False, grad_checkpoint=False, deterministic=False)
 PASS = 128      # images in a backward pass, at most, where --accumulate does not say otherwise
 
 
@@ -112,7 +112,7 @@ def recipe(model, dataset):
 
 
 def check_bounds(values):
-    """Raise ValueError where a number ({flag: value}) makes no sense. Serves sample.py as well."""
+    """Raise ValueError where a number ({flag: value}) makes no sense. Serves the other commands as well."""
     for flag, value in values.items():
         if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
             raise ValueError(f"--{flag.replace('_', '-')} {value}: must be finite")
@@ -135,12 +135,11 @@ def parse(argv=None):
     yes_no = argparse.BooleanOptionalAction
     add = p.add_argument_group("what is trained on what").add_argument
     add("--model", required=True, metavar="NAME", help=", ".join(MODELS))
-    add("--data", required=True, metavar="NAME_OR_FOLDER",
-        help=f"{', '.join(data.DATASETS)}, or a folder: of images (flat, or one folder for each class), or encoded by "
-             "data.py encode")
+    add("--data", required=True, metavar="NAME_OR_FOLDER", help=f"{', '.join(data.DATASETS)}, or a folder: of images "
+        "(flat, or one folder for each class), or written by data.py encode")
     add("--data-dir", metavar="DIR", help="where a named data set lies (default data/)")
     add("--image-size", type=int, metavar="PIXELS",
-        help="for a folder of images (default 64), shapes (default 16), or cifar10 (32, or 16); the others have their own")
+        help="for a folder of images (default 64), shapes (default 16), or cifar10 (32, or 16); others have their own")
     add("--class-cond", action=yes_no, help="train on the labels (default: the recipe's, or wherever there are any)")
     add("--model-args", nargs="*", default=[], metavar="KEY=VALUE",
         help="arguments of the model's constructor, e.g. width=256 depth=8 skip=none")
@@ -149,7 +148,7 @@ def parse(argv=None):
     add("--steps", type=int, help="training steps in all")
     add("--batch-size", type=int, metavar="N", help="images in a step, over all processes")
     add("--accumulate", type=int, metavar="N",
-        help=f"split each process's share into N backward passes, to save memory (default: passes of {PASS} at most)")
+        help=f"split each process's share into N backward passes, to save memory (default: of {PASS} images at most)")
     add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
     add("--warmup", type=int, metavar="STEPS", help="steps over which the learning rate rises linearly")
     add("--weight-decay", type=float)
@@ -165,9 +164,7 @@ def parse(argv=None):
         help="autocast type (default bf16 on cuda, off on cpu, where it is seldom faster)")
     add("--compile", action=yes_no, help="torch.compile the model: a minute at the start, then faster steps on a GPU")
     add("--grad-checkpoint", action=yes_no, help="recompute activations in the backward pass: less memory, slower")
-    add("--deterministic", action=yes_no,
-        help="on a GPU, only kernels that add in a fixed order: two runs agree to the last bit, at some cost in speed "
-             "(on a CPU they always agree)")
+    add("--deterministic", action=yes_no, help="two runs agree to the last bit on a GPU too, at some cost in speed")
     add("--workers", type=int, metavar="N", help="reading processes, for data too large for memory (default 4)")
     add = p.add_argument_group("run").add_argument
     add("--out", metavar="FOLDER", help="default runs/<model>-<data>")
@@ -180,17 +177,18 @@ def parse(argv=None):
     add("--sample-steps", type=int, metavar="N", help="calls of the network for an image")
     add("--cfg", type=float, metavar="W", help="guidance weight of eps_u + W (eps_c - eps_u) (default 1: none)")
     add("--clip-x0", action=yes_no, help="limit the predicted image to [-1, 1] while sampling")
-    given = vars(p.parse_args(argv))
 
-    if given["data"] not in data.DATASETS:
-        given["data"] = str(Path(given["data"]))        # "photos/" and "photos" are one
-    config = {**given, **recipe(given["model"], data.kind(given["data"])), **{k: v for k, v in given.items() if v is not None}}
-    check_bounds(config)
-    config["device"] = config["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    config["amp"] = config["amp"] or ("bf16" if config["device"] == "cuda" else "off")
-    config["out"] = config["out"] or f"runs/{config['model']}-{Path(config['data']).resolve().name}"
-    config["betas"] = list(config["betas"])
-    return argparse.Namespace(**config)
+    config = p.parse_args(argv)
+    if config.data not in data.DATASETS:
+        config.data = str(Path(config.data))        # "photos/" and "photos" are one
+    for flag, value in recipe(config.model, data.kind(config.data)).items():
+        if getattr(config, flag) is None:
+            setattr(config, flag, value)
+    check_bounds(vars(config))
+    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.amp = config.amp or ("bf16" if config.device == "cuda" else "off")
+    config.out = config.out or f"runs/{config.model}-{Path(config.data).resolve().name}"
+    return config
 
 
 def model_arguments(config, dataset):
@@ -235,14 +233,15 @@ class Processes:
     def __init__(self, device):
         self.distributed = "RANK" in os.environ
         self.rank, self.world = (int(os.environ[v]) for v in ("RANK", "WORLD_SIZE")) if self.distributed else (0, 1)
-        self.local = local = int(os.environ.get("LOCAL_RANK", 0))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cpu")
         if device == "cuda":
-            if local >= torch.cuda.device_count():
-                raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found; "
+            if self.local >= torch.cuda.device_count():
+                raise ValueError(f"process {self.local} of this machine has no GPU: {torch.cuda.device_count()} found; "
                                  "start fewer processes, or use --device cpu")
-            torch.cuda.set_device(local)
+            self.device = torch.device("cuda", self.local)
+            torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")      # TF32 where float32 remains
-        self.device = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
         if self.distributed:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         self.signal = 0
@@ -259,9 +258,10 @@ class Processes:
 
     def highest(self, number=0):
         """The highest of all processes' numbers, the same on each. All wait here for the last (but not for a GPU)."""
+        if not self.distributed:
+            return number
         highest = torch.tensor(number)          # on the CPU, over gloo
-        if self.distributed:
-            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
         return int(highest)
 
     @contextlib.contextmanager
@@ -274,7 +274,7 @@ class Processes:
             self.highest()
 
     def mean(self, x):
-        """The mean of a tensor over all processes."""
+        """The mean of a tensor over all processes; the tensor itself becomes their sum."""
         if self.distributed:
             dist.all_reduce(x)
         return x / self.world
@@ -325,14 +325,13 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, OSError):
         raise                       # the machine's fault, not the file's
     except Exception as error:      # whatever zipfile, pickle and torch make of arbitrary bytes
-        raise Damaged(f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from None
+        raise Damaged(f"{path}: damaged, or not a checkpoint ({data.one_line(error) or repr(error)})") from None
     needed = {"model", "ema", "step", "config", "model_args", "shape", "class_names", "encoding", "null"}
     if not isinstance(state, dict) or not needed <= state.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it; give a file of weights "
@@ -358,14 +357,12 @@ def resume(out, config, arguments, lead):
                 print(f"{error}; kept as {damaged[-1].name}, trying the one before it", file=sys.stderr)
                 os.replace(path, damaged[-1])
             continue
-        before, now = state["config"], vars(config)
-        here = {**{key: now[key] for key in ("model", "data", "schedule")}, **arguments}
-        there = {**{key: before[key] for key in ("model", "data", "schedule")}, **state["model_args"]}
-        for key in {**here, **there}:
-            if here.get(key) != there.get(key):
-                raise ValueError(f"{path} is of another run: its {key} is {there.get(key)}, here {here.get(key)}; "
+        before, now = {**state["config"], **state["model_args"]}, {**vars(config), **arguments}
+        for key in ("model", "data", "schedule", *state["model_args"], *arguments):
+            if before.get(key) != now.get(key):
+                raise ValueError(f"{path} is of another run: its {key} is {before.get(key)}, here {now.get(key)}; "
                                  f"give another --out, or remove {out}")
-        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if now[key] != before.get(key)]
+        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in vars(config) if now[key] != before.get(key)]
         if changed and lead:
             print(f"changed since step {state['step']}: {', '.join(changed)}")
         return state
@@ -381,27 +378,26 @@ class Log:
         self.file = self.board = None
         if not active:
             return
-        path = out / "log.jsonl"
+        path, temporary = out / "log.jsonl", out / "log.tmp"
         if path.exists() and not step:
             os.replace(path, out / "log.old.jsonl")
         elif path.exists():         # reports of steps that will be taken again, and a line torn by a crash, go
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step)
-            path.with_suffix(".tmp").write_text(kept)
-            os.replace(path.with_suffix(".tmp"), path)
+            temporary.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+            os.replace(temporary, path)
         self.file = open(path, "ab", buffering=0)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(out, purge_step=step + 1)
 
     def write(self, step, **values):
-        values = {name: value if math.isfinite(value) else None for name, value in values.items()}     # JSON has no NaN
         if self.file:
+            finite = {name: x if math.isfinite(x) else None for name, x in values.items()}      # JSON has no NaN
             with writing(self.file.name):
-                self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
+                self.file.write((json.dumps({"step": step, **finite}) + "\n").encode())
         if self.board:
             for name, value in values.items():
-                self.board.add_scalar(name, math.nan if value is None else value, step)
+                self.board.add_scalar(name, value, step)
             self.board.flush()
 
 
@@ -432,6 +428,7 @@ def draw_grid(model, schedule, config, dataset, null, autocast, decode, device, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The run, from the command line to the last step
 
 
 def main(argv=None):
@@ -461,15 +458,14 @@ def main(argv=None):
     arguments = model_arguments(config, dataset)
     null = None             # what stands for no condition: the null label, or the empty text's features
     if config.label_dropout:
-        null = torch.tensor(arguments["num_classes"]) if config.class_cond else dataset.null
-        null = null.to(device)
+        null = (torch.tensor(dataset.num_classes) if config.class_cond else dataset.null).to(device)
     if config.cfg != 1 and null is None:
         raise ValueError(f"--cfg {config.cfg}: guidance needs labels, and a null label trained by --label-dropout 0.1")
     schedule = diffusion.SCHEDULES[config.schedule]()
     torch.manual_seed(config.seed)
     model = build(config.model, {**arguments, "checkpoint": config.grad_checkpoint}).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    parameters = list(model.parameters())
+    parameters, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.AdamW(parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     half = torch.float16 if config.amp == "fp16" else torch.bfloat16
@@ -482,27 +478,27 @@ def main(argv=None):
         try:
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"] and scaler.is_enabled():
+            settings = optimizer.state_dict()["param_groups"]       # those of now count, not those that were saved
+            optimizer.load_state_dict({**state["optimizer"], "param_groups": settings})
+            if state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
             start, skipped = state["step"], state["skipped"]
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{out}: its checkpoint does not fit this version of {config.model} or train.py "
                              f"({data.one_line(error)}); give another --out") from None
-        for group in optimizer.param_groups:    # it brought the values of then: those of now count
-            group["betas"], group["weight_decay"] = tuple(config.betas), config.weight_decay
         del state
     if here.highest(start) != -here.highest(-start):
         raise ValueError(f"the processes found different checkpoints in {out}: all machines must see the same folder")
     if start >= config.steps:
-        here.close()
-        return print(f"{out} is at step {start} already; for more give a larger --steps") if lead else None
+        if lead:
+            print(f"{out} is at step {start} already; for more give a larger --steps")
+        return here.close()
     if lead:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
             (out / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
         print("\n".join(f"{key:>16} {value}" for key, value in vars(config).items()))
-        print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
+        print(f"{config.model}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; "
               f"{config.data}: {len(dataset)} images {dataset.shape}, {arguments['num_classes'] or 'no'} classes; "
               f"{here.world} x {device}; " + (f"continues after step {start}" if start else f"a new run in {out}"),
               flush=True)
@@ -518,8 +514,7 @@ def main(argv=None):
     network = model
     if here.distributed:
         # static_graph saves bookkeeping in each step, but fails (torch 2.15) if the first pass is one without a sync.
-        network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                          broadcast_buffers=False, gradient_as_bucket_view=True,
+        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,
                                           static_graph=config.accumulate == 1)
     rows = slice(here.rank * share, (here.rank + 1) * share)
     order = (part for step in range(start, config.steps) for part in np.split(
@@ -551,15 +546,14 @@ def main(argv=None):
             y = y if conditional else None
             if null is not None:
                 y = torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)
-            last = i == config.accumulate - 1
-            with contextlib.nullcontext() if last or not here.distributed else network.no_sync():
+            adds_up = not here.distributed or i == config.accumulate - 1    # over the processes: in the last pass alone
+            with contextlib.nullcontext() if adds_up else network.no_sync():
                 with autocast:
                     loss = schedule.loss(network, x0, y, t, noise).mean() / config.accumulate
                 scaler.scale(loss).backward()
             step_loss = step_loss + loss.detach()
 
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+        lr = optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
         scaler.unscale_(optimizer)
         grad_norm = get_total_norm([p.grad for p in parameters])
         if config.clip_grad:
@@ -569,9 +563,9 @@ def main(argv=None):
             optimizer.grad_scale, optimizer.found_inf = None, bad
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(config.ema, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(averages, parameters, 1 - min(config.ema, (1 + step) / (10 + step)))
         loss_sum = loss_sum + torch.where(bad > 0, 0, step_loss)
         bad_steps, bad_in_a_row = bad_steps + bad, (bad_in_a_row + bad) * bad
         step += 1
@@ -585,7 +579,6 @@ def main(argv=None):
             good = steps - int(bad_steps)
             mean_loss = here.mean(loss_sum).item() / good if good else math.nan
             rate = config.batch_size * steps / (time.perf_counter() - clock)
-            lr = optimizer.param_groups[0]["lr"]
             log.write(step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), images_per_sec=rate,
                       memory_gb=memory_gb(device), skipped=skipped)
             bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} images/s")
@@ -602,8 +595,8 @@ def main(argv=None):
                 shape=list(dataset.shape), class_names=list(dataset.class_names), encoding=dataset.encoding,
                 null=null), out / "checkpoint.pt")
         if samples and decode:
-            path = out / "samples" / f"{step:07d}.png"
-            draw_grid(ema, schedule, config, dataset, null, autocast, decode, device, path)
+            draw_grid(ema, schedule, config, dataset, null, autocast, decode, device,
+                      out / "samples" / f"{step:07d}.png")
         if logged_step == step:
             clock = time.perf_counter()     # the time of saving and sampling is not the training's
 
