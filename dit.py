@@ -228,10 +228,7 @@ class DiT(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x, t, y=None):
-        """x (N, C, H, W), t (N,) DDPM index in 0..999, y None | (N,) int64 -> (N, 2C, H, W), or C without learn_sigma.
-
-        Raises ValueError where a shape is not what the model was built for.
-        """
+        """x (N, C, H, W), t (N,) DDPM index in 0..999, y None | (N,) int64 -> (N, 2C, H, W), or (N, C, H, W)."""
         self.check(x, t, y)
         time = timestep_embedding(t, 256).to(x.dtype)                       # (N, 256)
         x = self.x_embedder(x) + self.pos_embed                             # (N, L, D), L = H/p * W/p
@@ -254,7 +251,7 @@ class DiT(nn.Module):
         return recompute(block, *inputs, use_reentrant=False) if self.checkpoint else block(*inputs)
 
     def check(self, x, t, y):
-        """Raise ValueError, in one line, where the inputs are not those of forward."""
+        """Raise ValueError, in one line, where forward is given what the model was not built for."""
         n, expected = x.shape[0], (self.in_channels, *self.image_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"DiT: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
@@ -276,7 +273,7 @@ def preset(**size):
 
 
 # Table 1 of the paper, each size with three patch sizes: name -> function(**overrides) -> DiT.
-# On the right, M parameters with patches of 2, and GMACs of an image with patches of 2, 4 and 8 (ImageNet 256).
+# On the right, M parameters with patches of 2 x 2, and GMACs of an image with 2 x 2, 4 x 4 and 8 x 8 (ImageNet 256).
 SIZES = {
     "s": dict(width=384, depth=12, heads=6),                                # 32.96 M; 6.06, 1.41, 0.36 GMACs
     "b": dict(width=768, depth=12, heads=12),                               # 130.51 M; 23.01, 5.57, 1.42 GMACs

@@ -260,10 +260,7 @@ class UNet(nn.Module):
         self.norm, self.head = group_norm(width), zero(conv3(width, (1 + learn_sigma) * in_channels))
 
     def forward(self, x, t, y=None):
-        """x (N, C, H, W), t (N,) in network units, y None | (N,) int64 | (N, T, F) float -> (N, C, H, W), or 2C.
-
-        Raises ValueError where a shape is not what the model was built for.
-        """
+        """x (N, C, H, W), t (N,) in network units, y None | (N,) int64 | (N, T, F) float -> (N, C, H, W), or 2C."""
         self.check(x, t, y)
         c = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))       # (N, 4D)
         if self.label_rows:
@@ -286,7 +283,7 @@ class UNet(nn.Module):
         return recompute(layer, *inputs, use_reentrant=False) if self.checkpoint else layer(*inputs)
 
     def check(self, x, t, y):
-        """Raise ValueError, in one line, where the inputs are not those of forward."""
+        """Raise ValueError, in one line, where forward is given what the model was not built for."""
         n, expected = x.shape[0], (self.in_channels, *self.image_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"UNet: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")

@@ -198,10 +198,7 @@ class UViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x, t, y=None):
-        """x (N, C, H, W), t (N,) in network units, y None | (N,) int64 | (N, T, F) float -> (N, C, H, W).
-
-        Raises ValueError where a shape is not what the model was built for.
-        """
+        """x (N, C, H, W), t (N,) in network units, y None | (N,) int64 | (N, T, F) float -> (N, C, H, W)."""
         self.check(x, t, y)
         time = timestep_embedding(t, self.width).to(x.dtype)                # (N, D)
         tokens = []
@@ -231,7 +228,7 @@ class UViT(nn.Module):
         return recompute(block, *inputs, use_reentrant=False) if self.checkpoint else block(*inputs)
 
     def check(self, x, t, y):
-        """Raise ValueError, in one line, where the inputs are not those of forward."""
+        """Raise ValueError, in one line, where forward is given what the model was not built for."""
         n, expected = x.shape[0], (self.in_channels, *self.image_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"UViT: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
