@@ -69,17 +69,6 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class TimeEmbed(nn.Module):
-    """Time to a vector, (N,) -> (N, D): 256 sinusoids, then Linear, SiLU, Linear."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t):
-        return self.mlp(timestep_embedding(t, 256))
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, (N, L, D) -> (N, L, D): softmax(q k^T / sqrt(D / H)) v for each of H heads.
 
@@ -111,8 +100,8 @@ class MLP(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """What adaLN does to a normed x (N, L, D): (1 + scale) x + shift, with shift and scale (N, 1, D)."""
-    return x * (1 + scale) + shift
+    """What adaLN does to a normed x (N, L, D): (1 + scale) x + shift, in one pass over x; shift and scale (N, 1, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):
@@ -127,7 +116,7 @@ class Block(nn.Module):
     def __init__(self, width, heads, mlp_ratio, design):
         super().__init__()
         self.design = design
-        affine = design in ("cross", "in_context")
+        affine = design in ("cross", "in_context")                          # c brings no shift and scale: learn them
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
         self.attn = Attention(width, heads)
         self.norm_cross = nn.LayerNorm(width, eps=1e-6) if design == "cross" else None
@@ -140,8 +129,8 @@ class Block(nn.Module):
     def forward(self, x, c):
         if self.design == "adaln_zero":                                     # shift, scale, gate: each (N, 1, D)
             shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-            x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-            return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+            x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
+            return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
         if self.design == "adaln":
             shift1, scale1, shift2, scale2 = self.adaLN_modulation(c)[:, None].chunk(4, dim=-1)
             x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
@@ -172,8 +161,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The DiT network: predicts the noise in x_t and, with learn_sigma, the variance of a denoising step.
 
-    image_size    int, or (height, width), in latent cells (or pixels); each a multiple of patch_size
-    in_channels   C of the input
+    image_size    int, or (height, width), in pixels or latent cells; each a multiple of patch_size
+    in_channels   C of the input, and of the noise
     patch_size    p: there are H/p * W/p tokens
     width         D, the length of a token; a multiple of 4 (positions: sine and cosine, column and row)
     depth         number of blocks
@@ -181,11 +170,10 @@ class DiT(nn.Module):
     mlp_ratio     hidden width of the MLPs, over D
     num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes)
     null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
-    learn_sigma   output 2C channels, the noise, then v in log variance = u log(beta) + (1 - u) log(posterior variance),
-                  u = (v + 1) / 2; otherwise C channels, the noise
+    learn_sigma   C more channels, v: a step has log variance u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
     block         how the blocks learn time and class: "adaln_zero" (the paper's best), "adaln", "cross" (they attend
                   to t and y), "in_context" (t and y are two more tokens)
-    checkpoint    recompute every block's activations in the backward pass: less memory for a third more time
+    checkpoint    recompute every block's activations in the backward pass: less memory, more time
 
     Raises ValueError where these do not fit together.
     """
@@ -210,7 +198,8 @@ class DiT(nn.Module):
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, width)
         self.register_buffer("pos_embed", position_table(self.grid, width))     # fixed, but in the published counts
-        self.t_embedder = TimeEmbed(width)
+        mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.t_embedder = nn.ModuleDict({"mlp": mlp})
         table = nn.Embedding(self.label_rows, width) if num_classes else None
         self.y_embedder = nn.ModuleDict({"embedding_table": table}) if num_classes else None
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, block) for _ in range(depth))
@@ -239,13 +228,11 @@ class DiT(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x, t, y=None):
-        """x (N, C, H, W), t (N,) DDPM index in 0..999, y None | (N,) int64 -> (N, 2C, H, W), or C without learn_sigma.
-
-        Raises ValueError where a shape is not what the model was built for.
-        """
+        """x (N, C, H, W), t (N,) DDPM index in 0..999, y None | (N,) int64 -> (N, 2C, H, W), or (N, C, H, W)."""
         self.check(x, t, y)
+        time = timestep_embedding(t, 256).to(x.dtype)                       # (N, 256)
         x = self.x_embedder(x) + self.pos_embed                             # (N, L, D), L = H/p * W/p
-        c = self.t_embedder(t)[:, None]                                     # (N, 1, D)
+        c = self.t_embedder.mlp(time)[:, None]                              # (N, 1, D)
         if self.label_rows:
             c = torch.cat([c, self.y_embedder.embedding_table(y)[:, None]], dim=1)    # (N, 2, D)
         if self.block in ("adaln_zero", "adaln"):
@@ -260,13 +247,11 @@ class DiT(nn.Module):
         return unpatchify(x, self.grid, self.patch_size)                    # (N, 2C, H, W)
 
     def run(self, block, *inputs):
-        """block(*inputs), or the same with its activations recomputed in the backward pass."""
-        if self.checkpoint and torch.is_grad_enabled():
-            return recompute(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        """block(*inputs); with checkpoint, its activations are not kept but recomputed in the backward pass."""
+        return recompute(block, *inputs, use_reentrant=False) if self.checkpoint else block(*inputs)
 
     def check(self, x, t, y):
-        """Raise ValueError, in one line, where the inputs are not those of forward."""
+        """Raise ValueError, in one line, where forward is given what the model was not built for."""
         n, expected = x.shape[0], (self.in_channels, *self.image_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"DiT: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
@@ -288,11 +273,12 @@ def preset(**size):
 
 
 # Table 1 of the paper, each size with three patch sizes: name -> function(**overrides) -> DiT.
+# On the right, M parameters with patches of 2 x 2, and GMACs of an image with 2 x 2, 4 x 4 and 8 x 8 (ImageNet 256).
 SIZES = {
-    "s": dict(width=384, depth=12, heads=6),
-    "b": dict(width=768, depth=12, heads=12),
-    "l": dict(width=1024, depth=24, heads=16),
-    "xl": dict(width=1152, depth=28, heads=16),
+    "s": dict(width=384, depth=12, heads=6),                                # 32.96 M; 6.06, 1.41, 0.36 GMACs
+    "b": dict(width=768, depth=12, heads=12),                               # 130.51 M; 23.01, 5.57, 1.42 GMACs
+    "l": dict(width=1024, depth=24, heads=16),                              # 458.10 M; 80.70, 19.70, 5.01 GMACs
+    "xl": dict(width=1152, depth=28, heads=16),                             # 675.13 M; 118.62, 29.04, 7.39 GMACs
 }
 MODELS = {
     "dit_tiny": preset(patch_size=4, width=192, depth=4, heads=4),          # learns data "shapes" on a laptop CPU

@@ -187,13 +187,14 @@ def test_uvit_ablations_learn(skip, conv, time_):
 
 
 def test_uvit_genvit_baseline_has_no_skip_no_conv_and_no_time_token():
-    """skip="none", conv=False, time="adaln" is a plain ViT: its tokens are the patches, its time enters through the norms."""
+    """skip="none", conv=False, time="adaln" is a plain ViT: its tokens are the patches, its time enters through the norms, in float64 too."""
     model = uvit.MODELS["uvit_tiny"](**TINY, skip="none", conv=False, time="adaln")
     assert model.pos_embed.shape[1] == 16 and model.extras == 0
     assert not any("skip_linear" in name or "final_layer" in name for name in model.state_dict())
     x = torch.randn(1, 3, 8, 8).expand(2, -1, -1, -1)
     early, late = model(x, torch.tensor([1.0, 900.0]))
     assert not torch.allclose(early, late)
+    assert model.double()(x.double(), torch.tensor([1.0, 900.0])).dtype == torch.float64
 
 
 def test_uvit_patches_fold_back_to_where_they_were_cut():
@@ -450,7 +451,7 @@ def test_dit_checkpoint(block):
 
 @pytest.mark.parametrize("block", DIT_BLOCKS)
 def test_dit_autocast(block):
-    """bf16 autocast runs in every design and stays near the float32 output."""
+    """bf16 autocast runs in every design and stays near the float32 output, as does float64."""
     model = dit_small(block=block)
     model.load_state_dict(fill(model.state_dict()))
     with torch.no_grad():
@@ -458,6 +459,8 @@ def test_dit_autocast(block):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(*dit_inputs())
     assert (out - exact).norm() < 0.05 * exact.norm()
+    x, t, y = dit_inputs()
+    assert relative(model.double()(x.double(), t.double(), y), exact) < 1e-5
 
 
 @pytest.mark.parametrize("block", DIT_BLOCKS)

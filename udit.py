@@ -2,19 +2,20 @@
 
     Tian et al., "U-DiTs: Downsample Tokens in U-Shaped Diffusion Transformers", NeurIPS 2024, arXiv:2405.02730
 
-There are no patches: each latent cell (or pixel) is a token. Attention cuts the grid into its four interleaved
-subgrids, even and odd rows by even and odd columns, and each attends to itself alone, at a quarter of the cost:
+There are no patches: each latent cell (or pixel) is a token, and data are channels-last, (N, H, W, D). Attention cuts
+the grid into its four interleaved subgrids, even and odd rows by even and odd columns, and each attends to itself
+alone, at a quarter of the cost:
 
     x -> 3x3 conv -> encoder_level_1 -----------------> decoder_level_1 -> head -> noise, variance     H   x W
                        encoder_level_2 -----------> decoder_level_2                                    H/2 x W/2
                                         latent                                                         H/4 x W/4
 
-    model = MODELS["udit_s"](image_size=32, in_channels=4, num_classes=1000)    # 58.90 M parameters
-    out = model(x, t, y)            # x (N, 4, 32, 32), t (N,) DDPM index 0..999, y (N,) labels -> (N, 8, 32, 32)
+    model = MODELS["udit_s"](image_size=32, num_classes=1000)   # ImageNet 256: 58.90 M parameters
+    noise, v = model(x, t, y).chunk(2, dim=1)                   # x (N, 4, 32, 32), t (N,) in 0..999, y (N,) int64
     fast = model.fold()             # the same function for inference: 52.05 M parameters, 6.02 GMACs an image
 
-Inside, data are channels-last, (N, H, W, D). This file needs torch alone and can be copied out. Parameters are named as
-in the released checkpoints, which load with strict=True; test_all.py compares outputs (relative error below 1e-5).
+This file needs torch alone and can be copied out. Names of parameters are those of the released checkpoints, which load
+with strict=True; test_all.py compares outputs with the released code (relative error below 1e-5).
 """
 import copy
 import math
@@ -38,14 +39,18 @@ def timestep_embedding(t, width):
 
 
 def rotary_table(grid, d, step=1):
-    """exp(i angle), (H' * W', d), of cells of step x step tokens: pair 2i turns by x f_i and pair 2i + 1 by y f_i."""
-    y, x = torch.meshgrid(*(torch.arange(side) * step + (step - 1) / 2 for side in grid), indexing="ij")
-    angles = torch.stack([x, y], dim=-1).flatten(0, 1)[:, None] * 10000.0 ** (-torch.arange(0, d, 4) / d)[:, None]
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)     # f_i = 10000^(-4i / d)
+    """Rotary positions of a grid = (H', W') of cells, each of step x step tokens, in row-major order: (H' * W', d).
+
+    (cosine, sine) of c f_0, r f_0, c f_1, r f_1, ... for column c and row r, with f_i = 10000^(-i / (d / 4)).
+    """
+    row, column = torch.meshgrid(*(torch.arange(side) * step + (step - 1) / 2 for side in grid), indexing="ij")
+    frequencies = 10000.0 ** (-torch.arange(0, d, 4) / d)                   # (d / 4,)
+    angles = torch.stack([column, row], dim=-1).flatten(0, 1)[:, None] * frequencies[:, None]   # (H' W', d / 4, 2)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
 
 
 def rotate(x, table):
-    """Two adjacent channels (a, b) of x (N, heads, L, d) become (a + ib) exp(i angle)."""
+    """Turn every two adjacent channels (a, b) of x (N, heads, L, d) to (a + ib) exp(i angle), with table (L, d)."""
     x, table = x.unflatten(-1, (-1, 2)), table.unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling():                                   # the compiler fuses real numbers only
         return torch.view_as_real(torch.view_as_complex(x.to(table.dtype)) * torch.view_as_complex(table)).flatten(-2)
@@ -54,7 +59,7 @@ def rotate(x, table):
 
 
 def modulate(x, shift, scale):
-    """Adaptive LayerNorm, (1 + scale) LayerNorm(x) + shift, x (N, H, W, D)."""
+    """What adaLN does to x (N, H, W, D): (1 + scale) LayerNorm(x) + shift; shift and scale (N, 1, 1, D)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
@@ -82,9 +87,11 @@ class Pointwise(nn.ModuleList):
         return weight[:, :, None, None], bias
 
     def forward(self, x):
-        many = x[..., 0].numel() > max(x.shape[-1], len(self[-1].weight))   # tokens, enough to repay the product
-        for weight, bias in [self.merge()] if many else [(conv.weight, conv.bias) for conv in self]:
-            x = F.linear(x, weight.flatten(1), bias)
+        if x[..., 0].numel() > max(x.shape[-1], len(self[-1].weight)):      # tokens enough to repay the merging
+            weight, bias = self.merge()
+            return F.linear(x, weight.flatten(1), bias)
+        for conv in self:
+            x = linear(x, conv)
         return x
 
 
@@ -123,8 +130,10 @@ class Attention(nn.Module):
         self.downsampler = Depthwise(width, {"layer": 5}, downsampler == "shortcut") if filtered else nn.Identity()
         if rotary:
             half, d = [side // 2 for side in grid], width // heads
-            tables = {"tokens": [(half, d)], "kv": [(grid, d), (half, d, 2)], "none": [(grid, d)]}[downsample]
-            self.register_buffer("table", torch.cat([rotary_table(*table) for table in tables]), persistent=False)
+            queries = rotary_table(half if downsample == "tokens" else grid, d)
+            keys = rotary_table(half, d, step=2) if downsample == "kv" else queries
+            self.register_buffer("queries", queries, persistent=False)
+            self.register_buffer("keys", keys, persistent=False)
 
     def forward(self, x):
         tokens = self.downsampler(x)                                        # (N, H, W, D)
@@ -138,7 +147,7 @@ class Attention(nn.Module):
         if self.logit_scale is not None:                                    # each (4N, heads, L/4, d)
             q, k = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100.0)).exp(), F.normalize(k, dim=-1)
         if self.rotary:
-            q, k = rotate(q, self.table[:q.shape[2]]), rotate(k, self.table[-k.shape[2]:])
+            q, k = rotate(q, self.queries), rotate(k, self.keys)
         out = F.scaled_dot_product_attention(q, k, v, scale=None if self.logit_scale is None else 1.0)
         out = out.transpose(1, 2).flatten(2)                                # (4N, L/4, D)
         if self.downsample == "tokens":                                     # put the parts back: (N, H/2, 2, W/2, 2, D)
@@ -173,16 +182,16 @@ class Block(nn.Module):
 
 
 class UDiT(nn.Module):
-    """The U-DiT network: predicts the noise in x_t and, with learn_sigma, where its variance lies in the allowed range.
+    """The U-DiT network: predicts the noise in x_t and, with learn_sigma, the variance of a denoising step.
 
-    image_size    int, or (height, width), in latent cells or pixels; each a multiple of 8
+    image_size    int, or (height, width), in pixels or latent cells; each a multiple of 8
     in_channels   C of the input, and of the noise
     width         D; the five stages are D, 2D, 4D, 2D, 2D wide
     depths        blocks of the five stages; a block is two pairs of attention and FFN
     heads         of every attention; D must be a multiple of it
     num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes)
     null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
-    learn_sigma   C more channels of output
+    learn_sigma   C more channels, v: a step has log variance u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
     downsample    "tokens": attention in four subgrids (the paper's); "kv": of all tokens to 2 x 2 cells; "none": of all
                   tokens to all. DiT-UNet is downsample="none" and VANILLA
     downsampler   before that: "shortcut", x plus a depthwise convolution of it; "conv", without x; "shuffle", nothing
@@ -190,7 +199,8 @@ class UDiT(nn.Module):
     rotary        trick 2: 2-d rotary positions, or none
     ffn_conv      trick 3: a depthwise convolution in the FFN, or none
     reparam       trick 4: in the FFN each 1x1 is two in a row, the 5x5 is 5x5 + 3x3 + 1x1 + identity; or plain
-    checkpoint    recompute every block's activations in the backward pass: less memory for a third more time
+    checkpoint    recompute every block's activations in the backward pass: less memory, more time
+
     Raises ValueError where these do not fit together.
     """
 
@@ -251,7 +261,7 @@ class UDiT(nn.Module):
                 nn.init.xavier_uniform_(p.data.flatten(1))
 
     def forward(self, x, t, y=None):
-        """x (N, C, H, W), t (N,) DDPM index 0..999, y None | (N,) int64 -> (N, 2C, H, W), or C without learn_sigma."""
+        """x (N, C, H, W), t (N,) DDPM index in 0..999, y None | (N,) int64 -> (N, 2C, H, W), or (N, C, H, W)."""
         self.check(x, t, y)
         time = timestep_embedding(t, 256).to(x.dtype)                       # (N, 256)
         c1, c2, c3 = (getattr(self, f"t_embedder_{i}").mlp(time).to(x.dtype) for i in "123")   # D, 2D, 4D wide
@@ -271,7 +281,7 @@ class UDiT(nn.Module):
         return self.final_layer.out_proj(x).contiguous()                    # (N, 2C, H, W)
 
     def run(self, blocks, x, c):
-        """A stage. The residual stream has the type of c, the network's input, even under autocast."""
+        """The blocks of a stage, on x in the type of c, which is that of the network's input, even under autocast."""
         x = x.to(c.dtype)
         for block in blocks:
             x = recompute(block, x, c, use_reentrant=False) if self.checkpoint else block(x, c)
@@ -292,17 +302,20 @@ class UDiT(nn.Module):
         return network
 
     def check(self, x, t, y):
-        """Raise ValueError, in one line, where the inputs are not those of forward."""
+        """Raise ValueError, in one line, where forward is given what the model was not built for."""
         n, expected = x.shape[0], (self.in_channels, *self.image_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"UDiT: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
         if tuple(t.shape) != (n,):
             raise ValueError(f"UDiT: t has shape {tuple(t.shape)}, expected ({n},): one time for each image")
-        given = "none" if y is None else f"shape {tuple(y.shape)} of {y.dtype}"
         if self.label_rows and (y is None or tuple(y.shape) != (n,) or y.is_floating_point()):
-            raise ValueError(f"UDiT: y must be ({n},) integer labels in [0, {self.label_rows}), got {given}")
+            raise ValueError(f"UDiT: y must be ({n},) integer labels in [0, {self.label_rows}), got {describe(y)}")
         if y is not None and not self.label_rows:
-            raise ValueError(f"UDiT: the model is unconditional (num_classes=0), but y is {given}")
+            raise ValueError(f"UDiT: the model is unconditional (num_classes=0), but y is {describe(y)}")
+
+
+def describe(y):
+    return "none" if y is None else f"shape {tuple(y.shape)} of {y.dtype}"
 
 
 def preset(**size):
@@ -311,10 +324,11 @@ def preset(**size):
 
 
 # The paper's sizes, with the released code's settings: name -> function(**overrides) -> UDiT.
+# On the right, M parameters, and M parameters and GMACs of an image after fold() (ImageNet 256).
 VANILLA = dict(cosine=False, rotary=False, ffn_conv=False, reparam=False)   # MODELS["udit_s"](**VANILLA): no tricks
 MODELS = {
     "udit_tiny": preset(width=32, depths=(1, 1, 1, 1, 1), heads=4),         # learns data "shapes" on a laptop CPU
-    "udit_s": preset(width=96, heads=4),
-    "udit_b": preset(width=192, heads=8),
-    "udit_l": preset(width=384, heads=16),
+    "udit_s": preset(width=96, heads=4),                                    # 58.90 M; 52.05 M, 6.02 GMACs
+    "udit_b": preset(width=192, heads=8),                                   # 231.25 M; 204.43 M, 22.18 GMACs
+    "udit_l": preset(width=384, heads=16),                                  # 916.34 M; 810.19 M, 84.91 GMACs
 }

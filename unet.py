@@ -174,7 +174,7 @@ class Layer(nn.ModuleList):
 
 
 class UNet(nn.Module):
-    """The U-Net: predicts the noise in x_t and, with learn_sigma, where its variance lies in the allowed range.
+    """The U-Net: predicts the noise in x_t and, with learn_sigma, the variance of a denoising step.
 
     image_size    int, or (height, width), in pixels or latent cells; each a multiple of 2^(levels - 1)
     in_channels   C of the input, and of the noise
@@ -189,7 +189,7 @@ class UNet(nn.Module):
     num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes)
     null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
     text_dim      0: no text. Otherwise y is (N, text_tokens, text_dim) features, and what attends is a TransformerBlock
-    learn_sigma   C more channels of output
+    learn_sigma   C more channels, v: a step has log variance u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
     checkpoint    recompute every layer's activations in the backward pass: less memory, more time
 
     Raises ValueError where these do not fit together.
@@ -241,18 +241,17 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(channels, embed), nn.SiLU(), nn.Linear(embed, embed))
         self.label_emb = nn.Embedding(self.label_rows, embed) if num_classes else None
 
-        before = levels[0][1]                                               # width of what the next layer is given
-        self.stem, skips = conv3(in_channels, before), [before]             # skips: the widths of all that is kept
-        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        skips = [levels[0][1]]                                              # widths of all that is kept, stem first
+        self.stem, self.encoder, self.decoder = conv3(in_channels, skips[0]), nn.ModuleList(), nn.ModuleList()
         for down, width in levels:
             if down > 1:
-                self.encoder.append(Layer([change("down", before)]))
-                skips.append(before)
+                self.encoder.append(Layer([change("down", skips[-1])]))
+                skips.append(skips[-1])
             for _ in range(blocks):
-                self.encoder.append(Layer(parts(down, before, width)))
+                self.encoder.append(Layer(parts(down, skips[-1], width)))
                 skips.append(width)
-                before = width
         self.middle = Layer([block(width, width), attend(width), block(width, width)])
+        before = width                                                      # of what the next layer is given
         for down, width in reversed(levels):
             for i in range(blocks + 1):
                 up = [change("up", width)] if down > 1 and i == blocks else []
@@ -261,10 +260,7 @@ class UNet(nn.Module):
         self.norm, self.head = group_norm(width), zero(conv3(width, (1 + learn_sigma) * in_channels))
 
     def forward(self, x, t, y=None):
-        """x (N, C, H, W), t (N,) in network units, y None | (N,) int64 | (N, T, F) float -> (N, C, H, W), or 2C.
-
-        Raises ValueError where a shape is not what the model was built for.
-        """
+        """x (N, C, H, W), t (N,) in network units, y None | (N,) int64 | (N, T, F) float -> (N, C, H, W), or 2C."""
         self.check(x, t, y)
         c = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))       # (N, 4D)
         if self.label_rows:
@@ -283,13 +279,11 @@ class UNet(nn.Module):
         return self.head(F.silu(self.norm(x)))                              # (N, C or 2C, H, W)
 
     def run(self, layer, *inputs):
-        """layer(*inputs), or the same with its activations recomputed in the backward pass."""
-        if self.checkpoint and torch.is_grad_enabled():
-            return recompute(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+        """layer(*inputs); with checkpoint, its activations are not kept but recomputed in the backward pass."""
+        return recompute(layer, *inputs, use_reentrant=False) if self.checkpoint else layer(*inputs)
 
     def check(self, x, t, y):
-        """Raise ValueError, in one line, where the inputs are not those of forward."""
+        """Raise ValueError, in one line, where forward is given what the model was not built for."""
         n, expected = x.shape[0], (self.in_channels, *self.image_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"UNet: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
