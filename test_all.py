@@ -8,6 +8,7 @@
 seeds (`fill`, `inputs`), so that a few numbers carried over here pin down a whole network or sampler.
 """
 import argparse
+import collections
 import contextlib
 import copy
 import hashlib
@@ -3389,3 +3390,56 @@ def test_bench_says_what_is_wrong_in_one_line(arguments, message):
     """Bad names, numbers and flags end with one line and exit code not 0."""
     error = command("bench.py", *arguments)
     assert error.startswith("bench.py: ") and message in error and "\n" not in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md
+
+README = (HERE / "README.md").read_text()
+
+
+def blocks(language):
+    """The contents of README's code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def test_readme_links_lead_somewhere():
+    """Every link to a file or a picture names one, and every link to a heading is what GitHub makes of one."""
+    headings = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)", README, re.M)}
+    text = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    assert len(links) > 20
+    assert [link for link in links if (link[1:] not in headings if link[0] == "#" else not (HERE / link).exists())] == []
+
+
+def test_readme_quotes_code_as_it_stands():
+    """A line of Python that stands alone is one of diffusion.py, letter by letter."""
+    quoted = [block.strip() for block in blocks("python") if block.count("\n") == 1]
+    lines = [line.strip() for line in (HERE / "diffusion.py").read_text().splitlines()]
+    assert len(quoted) == 4
+    for code in quoted:
+        assert any(line.split("  #")[0].strip() == code for line in lines), code
+
+
+def test_readme_examples_in_python_compile():
+    for block in blocks("python"):
+        compile(block, "README.md", "exec")
+
+
+def test_readme_commands_are_understood(tmp_path, monkeypatch):
+    """The shell runs every block, loops and all, with stand-ins for its programs; then each script reads its flags."""
+    calls = tmp_path / "calls"
+    stand_ins = "".join(f'{name}() {{ printf "%s\\0" {name} "$@" $\'\\n\' >> "{calls}"; }}; '
+                        for name in ("python", "torchrun", "pip", "tensorboard"))
+    shell = "\n".join(f"( {block}\n)" for block in blocks("sh"))
+    subprocess.run(["bash", "-euc", stand_ins + 'timeout() { shift; "$@"; }\n' + shell], cwd=tmp_path, check=True)
+    commands = [call.split("\0")[:-1] for call in calls.read_text().split("\n\0")[:-1]]
+    parsers = {"train.py": train.parse, "sample.py": sample.parse, "fid.py": fid.parse, "bench.py": bench.parse}
+    monkeypatch.setattr(data, "kind", lambda name: name if name in data.DATASETS else "folder")     # no such folders here
+    understood = collections.Counter()
+    for command in commands:
+        script = next((word for word in command if word in parsers), None)
+        if script:
+            parsers[script](command[command.index(script) + 1:])
+            understood[script] += 1
+    assert understood.keys() == parsers.keys() and understood["train.py"] > 20, understood
