@@ -111,7 +111,7 @@ def parse(argv):
     add("--loop", action="store_true", help="training steps on random images, on stored ones, and the reading alone")
     add("--papers", action="store_true", help="the rows that the papers print, beside what they report; on a CPU, "
         "small ones. Other flags hold for every row")
-    add("--cka", nargs="+", metavar="CKPT", help="how alike the outputs of the blocks of trained U-ViTs or DiTs are, on "
+    add("--cka", nargs="+", metavar="CKPT", help="how alike the outputs of blocks of trained U-ViTs or DiTs are, on "
         "--batch-size images (default 256) of their training data with the noise of --time: a picture, and a table")
     add("--time", type=float, default=0.5, metavar="T", help="with --cka: 0 is no noise, 1 nothing else (default 0.5)")
     add("--out", default="cka.png", metavar="PNG", help="with --cka (default cka.png)")
@@ -119,7 +119,8 @@ def parse(argv):
     add("--batch-size", type=int, metavar="N", help="images at a time (default: the recipe's on cuda, 8 on cpu)")
     add("--amp", choices=DTYPES, help="autocast type (default bf16 on cuda, off on cpu)")
     add("--compile", action=yes_no, default=False, help="torch.compile the network")
-    add("--grad-checkpoint", action=yes_no, default=False, help="compute activations again in the backward pass")
+    add("--grad-checkpoint", nargs="?", type=int, const=1, default=0, metavar="K",
+        help="compute the activations of every K-th block (default: of every one) again in the backward pass")
     add("--channels-last", action=yes_no, default=False, help="images and convolutions in this memory format")
     add("--fold", action=yes_no, default=True, help="U-DiT's convolutions merged for forward and sampling (default on)")
     add("--evaluations", type=int, metavar="N", help="of DPM-Solver for an image (default 50 on cuda, 4 on cpu)")
@@ -503,7 +504,8 @@ HEAD = f"{'':>20} {'ms':>10} {'quickest':>10} {'slowest':>10} {'images/s':>10} {
 
 def title(name, c):
     """A setting in words."""
-    options = [key.replace("_", "-") for key in ("compile", "grad_checkpoint", "channels_last") if getattr(c, key)]
+    options = [key.replace("_", "-") for key in ("compile", "channels_last") if getattr(c, key)]
+    options += [f"grad-checkpoint {c.grad_checkpoint}"] if c.grad_checkpoint else []
     words = [f"batch {c.batch_size}", f"amp {c.amp}", *options, *c.model_args]
     if "sampling" in c.measure and not c.loop:
         words += [f"{c.evaluations} evaluations for a sample"] + [f"guidance {c.cfg}"] * (c.cfg != 1)

@@ -173,7 +173,8 @@ class DiT(nn.Module):
     learn_sigma   C more channels, v: a step has log variance u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
     block         how the blocks learn time and class: "adaln_zero" (the paper's best), "adaln", "cross" (they attend
                   to t and y), "in_context" (t and y are two more tokens)
-    checkpoint    recompute every block's activations in the backward pass: less memory, more time
+    checkpoint    k: recompute the activations of every k-th block in the backward pass (True: of every block): less
+                  memory, more time
 
     Raises ValueError where these do not fit together.
     """
@@ -194,7 +195,7 @@ class DiT(nn.Module):
         self.in_channels, self.patch_size, self.width = in_channels, patch_size, width
         self.label_rows = num_classes + null_class if num_classes else 0
         self.grid = tuple(side // patch_size for side in self.image_size)
-        self.block, self.checkpoint = block, checkpoint
+        self.block = block
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, width)
         self.register_buffer("pos_embed", position_table(self.grid, width))     # fixed, but in the published counts
@@ -203,6 +204,8 @@ class DiT(nn.Module):
         table = nn.Embedding(self.label_rows, width) if num_classes else None
         self.y_embedder = nn.ModuleDict({"embedding_table": table}) if num_classes else None
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, block) for _ in range(depth))
+        for i, layer in enumerate(self.blocks):
+            layer.recomputed = checkpoint > 0 and i % checkpoint == 0
         self.final_layer = FinalLayer(width, patch_size**2 * in_channels * (1 + learn_sigma), block)
         self.initialise()
 
@@ -247,8 +250,10 @@ class DiT(nn.Module):
         return unpatchify(x, self.grid, self.patch_size)                    # (N, 2C, H, W)
 
     def run(self, block, *inputs):
-        """block(*inputs); with checkpoint, its activations are not kept but recomputed in the backward pass."""
-        return recompute(block, *inputs, use_reentrant=False) if self.checkpoint else block(*inputs)
+        """block(*inputs), its activations kept or else recomputed in the backward pass (it draws no random numbers)."""
+        if block.recomputed:
+            return recompute(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
     def check(self, x, t, y):
         """Raise ValueError, in one line, where forward is given what the model was not built for."""

@@ -234,19 +234,17 @@ def test_uvit_condition_matters():
 
 
 def test_uvit_checkpointing_changes_no_gradient():
-    """checkpoint=True runs every block's forward twice and gives the same gradients, bit for bit."""
-    torch.manual_seed(0)
-    model = uvit.MODELS["uvit_tiny"](**TINY)
-    calls, x, t, grads = [], torch.randn(2, 3, 8, 8), torch.rand(2), []
-    for block in (*model.in_blocks, model.mid_block, *model.out_blocks):
-        block.mlp.fc1.register_forward_hook(lambda *_: calls.append(0))
-    for model.checkpoint, forwards in ((False, 3), (True, 6)):
-        model.zero_grad()
-        calls.clear()
+    """checkpoint=k runs every k-th of three blocks' forward twice and gives the same gradients, bit for bit."""
+    x, t, grads = torch.randn(2, 3, 8, 8), torch.rand(2), []
+    for checkpoint, forwards in ((False, 3), (True, 6), (2, 5)):
+        torch.manual_seed(0)
+        model, calls = uvit.MODELS["uvit_tiny"](**TINY, checkpoint=checkpoint), []
+        for block in (*model.in_blocks, model.mid_block, *model.out_blocks):
+            block.mlp.fc1.register_forward_hook(lambda *_: calls.append(0))
         model(x, t).square().mean().backward()
         assert len(calls) == forwards
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    assert same(*grads)
+    assert same(grads[0], grads[1]) and same(grads[0], grads[2])
 
 
 def test_uvit_runs_in_bf16():
@@ -440,14 +438,15 @@ def test_dit_listens(block):
 def test_dit_checkpoint(block):
     """Gradient checkpointing changes memory only: the same loss and gradients."""
     gradients = []
-    for checkpoint in (False, True):
+    for checkpoint in (False, True, 2):
         model = dit_small(block=block, checkpoint=checkpoint)
         model.load_state_dict(fill(model.state_dict()))
         model(*dit_inputs()).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(g is not None for g in gradients[0].values())
     for name, g in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], g, rtol=1e-5, atol=1e-7, msg=lambda m: f"{name}: {m}")
+        for other in gradients[1:]:
+            torch.testing.assert_close(other[name], g, rtol=1e-5, atol=1e-7, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("block", DIT_BLOCKS)
@@ -730,15 +729,16 @@ def test_udit_modes_change_no_weight():
 
 
 def test_udit_gradient_checkpointing_changes_no_gradient():
-    """checkpoint=True gives the gradients of the same model without it."""
+    """checkpoint=k gives the gradients of the same model without it."""
     grads = []
-    for checkpoint in (False, True):
+    for checkpoint in (False, True, 2):
         model, batch = filled_udit(num_classes=5, checkpoint=checkpoint)
         model(*batch).square().mean().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
         with torch.no_grad():
             assert model(*batch).isfinite().all()
-    assert all(torch.allclose(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-7) for name in grads[0])
+    for other in grads[1:]:
+        assert all(torch.allclose(grads[0][name], other[name], rtol=1e-5, atol=1e-7) for name in other)
 
 
 @torch.no_grad()
@@ -925,18 +925,17 @@ def test_unet_labels_text_and_times_reach_the_output():
 
 @every_unet
 def test_unet_checkpointing_changes_no_gradient(arguments):
-    """checkpoint=True runs every layer's forward twice and gives the same gradients, bit for bit."""
-    model, batch = tiny_unet(**arguments)
-    calls, grads, layers = [], [], (*model.encoder, model.middle, *model.decoder)
-    for layer in layers:
-        layer[0].register_forward_pre_hook(lambda *_: calls.append(0))     # (the second one ends early)
-    for model.checkpoint, times in ((False, 1), (True, 2)):
-        model.zero_grad()
-        calls.clear()
+    """checkpoint=k runs every k-th layer's forward twice and gives the same gradients, bit for bit."""
+    grads = []
+    for checkpoint, share in ((False, 0), (True, 1), (2, 1 / 2)):
+        model, batch = tiny_unet(**arguments, checkpoint=checkpoint)
+        calls, layers = [], (*model.encoder, model.middle, *model.decoder)
+        for layer in layers:
+            layer[0].register_forward_pre_hook(lambda *_: calls.append(0))     # (the second one ends early)
         model(*batch).square().mean().backward()
-        assert len(calls) == times * len(layers)
+        assert len(calls) == len(layers) + math.ceil(share * len(layers))
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    assert same(*grads)
+    assert same(grads[0], grads[1]) and same(grads[0], grads[2])
 
 
 @every_unet
@@ -3322,7 +3321,7 @@ def test_bench_prints_a_table(capsys, no_wait):
     """For people: the machine, the setting with its counts, and a line for each work."""
     bench.main([*BENCH, "--cfg", "2", "--grad-checkpoint", "--channels-last"])
     text = capsys.readouterr().out
-    assert re.search(r"uvit_tiny, shapes 3x16x16: \d\.\d\d M parameters, .* batch 2, amp off, grad-checkpoint, channels-last, ", text)
+    assert re.search(r"uvit_tiny, shapes 3x16x16: \d\.\d\d M parameters, .* batch 2, amp off, channels-last, grad-checkpoint 1, ", text)
     assert re.search(r"forward .*\n +product, off .*\n +step .*\n.*\n +sampling .*\n", text)
 
 

@@ -94,7 +94,7 @@ RECIPES = {
     ("unet", "shapes"): dict(SHAPES, steps=2000, schedule="vp"),            # after 1588, 100 of 100 samples were right
 }
 COMMON = dict(ema=0.9999, clip_grad=0.0, cfg=1.0, clip_x0=False, log_every=100, sample_every=10_000, save_every=5000,
-              seed=0, workers=4, compile=False, grad_checkpoint=False, deterministic=False)
+              seed=0, workers=4, compile=False, grad_checkpoint=0, deterministic=False)
 PASS = 128      # images in a backward pass, at most, where --accumulate does not say otherwise
 
 
@@ -118,7 +118,7 @@ def check_bounds(values):
             raise ValueError(f"--{flag.replace('_', '-')} {value}: must be finite")
     for low, high, flags in [
         (1, math.inf, "steps batch_size accumulate image_size log_every save_every sample_steps num cfg_channels"),
-        (0, math.inf, "lr warmup weight_decay clip_grad workers sample_every"),
+        (0, math.inf, "lr warmup weight_decay clip_grad workers sample_every grad_checkpoint"),
         (0, 1, "ema label_dropout"),
         (0, 2**63 - 1, "seed"),
     ]:
@@ -163,7 +163,9 @@ def parse(argv=None):
     add("--amp", choices=["bf16", "fp16", "off"],
         help="autocast type (default bf16 on cuda, off on cpu, where it is seldom faster)")
     add("--compile", action=yes_no, help="torch.compile the model: a minute at the start, then faster steps on a GPU")
-    add("--grad-checkpoint", action=yes_no, help="recompute activations in the backward pass: less memory, slower")
+    add("--grad-checkpoint", nargs="?", type=int, const=1, metavar="K",
+        help="recompute the activations of every K-th block in the backward pass (no K: of every block): less memory, "
+             "slower (default 0: of none)")
     add("--deterministic", action=yes_no, help="two runs agree to the last bit on a GPU too, at some cost in speed")
     add("--workers", type=int, metavar="N", help="reading processes, for data too large for memory (default 4)")
     add = p.add_argument_group("run").add_argument

@@ -199,7 +199,8 @@ class UDiT(nn.Module):
     rotary        trick 2: 2-d rotary positions, or none
     ffn_conv      trick 3: a depthwise convolution in the FFN, or none
     reparam       trick 4: in the FFN each 1x1 is two in a row, the 5x5 is 5x5 + 3x3 + 1x1 + identity; or plain
-    checkpoint    recompute every block's activations in the backward pass: less memory, more time
+    checkpoint    k: recompute the activations of every k-th block in the backward pass (True: of every block): less
+                  memory, more time
 
     Raises ValueError where these do not fit together.
     """
@@ -219,7 +220,7 @@ class UDiT(nn.Module):
         ]:
             if wrong:
                 raise ValueError(f"UDiT: {message}")
-        self.in_channels, self.checkpoint = in_channels, checkpoint
+        self.in_channels = in_channels
         self.label_rows = num_classes + null_class if num_classes else 0
         attention = dict(heads=heads, downsample=downsample, downsampler=downsampler, cosine=cosine, rotary=rotary)
 
@@ -247,6 +248,8 @@ class UDiT(nn.Module):
         out_proj = nn.Conv2d(2 * width, (1 + learn_sigma) * in_channels, kernel_size=3, padding=1)
         modulation = nn.Sequential(nn.SiLU(), nn.Linear(2 * width, 4 * width))
         self.final_layer = nn.ModuleDict({"out_proj": out_proj, "adaLN_modulation": modulation})
+        for i, block in enumerate(module for module in self.modules() if isinstance(module, Block)):
+            block.recomputed = checkpoint > 0 and i % checkpoint == 0
         self.initialise()
 
     def initialise(self):
@@ -284,7 +287,10 @@ class UDiT(nn.Module):
         """The blocks of a stage, on x in the type of c, which is that of the network's input, even under autocast."""
         x = x.to(c.dtype)
         for block in blocks:
-            x = recompute(block, x, c, use_reentrant=False) if self.checkpoint else block(x, c)
+            if block.recomputed:                                            # in the backward pass; draws nothing random
+                x = recompute(block, x, c, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, c)
         return x
 
     @torch.no_grad()

@@ -190,7 +190,8 @@ class UNet(nn.Module):
     null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
     text_dim      0: no text. Otherwise y is (N, text_tokens, text_dim) features, and what attends is a TransformerBlock
     learn_sigma   C more channels, v: a step has log variance u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
-    checkpoint    recompute every layer's activations in the backward pass: less memory, more time
+    checkpoint    k: recompute the activations of every k-th layer in the backward pass (True: of every layer): less
+                  memory, more time
 
     Raises ValueError where these do not fit together.
     """
@@ -218,7 +219,7 @@ class UNet(nn.Module):
         ]:
             if wrong:
                 raise ValueError(f"UNet: {message}")
-        self.in_channels, self.channels, self.checkpoint = in_channels, channels, checkpoint
+        self.in_channels, self.channels = in_channels, channels
         self.label_rows = num_classes + null_class if num_classes else 0
         self.text_shape = (text_tokens, text_dim) if text_dim else None
         embed = 4 * channels
@@ -257,6 +258,8 @@ class UNet(nn.Module):
                 up = [change("up", width)] if down > 1 and i == blocks else []
                 self.decoder.append(Layer(parts(down, before + skips.pop(), width) + up))
                 before = width
+        for i, layer in enumerate([*self.encoder, self.middle, *self.decoder]):
+            layer.recomputed = checkpoint > 0 and i % checkpoint == 0
         self.norm, self.head = group_norm(width), zero(conv3(width, (1 + learn_sigma) * in_channels))
 
     def forward(self, x, t, y=None):
@@ -279,8 +282,10 @@ class UNet(nn.Module):
         return self.head(F.silu(self.norm(x)))                              # (N, C or 2C, H, W)
 
     def run(self, layer, *inputs):
-        """layer(*inputs); with checkpoint, its activations are not kept but recomputed in the backward pass."""
-        return recompute(layer, *inputs, use_reentrant=False) if self.checkpoint else layer(*inputs)
+        """layer(*inputs), its activations kept or else recomputed in the backward pass (it draws no random numbers)."""
+        if layer.recomputed:
+            return recompute(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return layer(*inputs)
 
     def check(self, x, t, y):
         """Raise ValueError, in one line, where forward is given what the model was not built for."""

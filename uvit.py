@@ -145,7 +145,8 @@ class UViT(nn.Module):
     skip          "concat", "add" or "none": the long skips (table 1 of the paper)
     time          "token" or "adaln": how the network learns the time. GenViT, the paper's plain-ViT baseline, is
                   skip="none", conv=False, time="adaln"
-    checkpoint    recompute every block's activations in the backward pass: less memory, more time
+    checkpoint    k: recompute the activations of every k-th block in the backward pass (True: of every block): less
+                  memory, more time
 
     Raises ValueError where these do not fit together.
     """
@@ -170,7 +171,7 @@ class UViT(nn.Module):
         self.label_rows = num_classes + null_class if num_classes else 0
         self.text_shape = (text_tokens, text_dim) if text_dim else None
         self.grid = tuple(side // patch_size for side in self.image_size)
-        self.time, self.checkpoint = time, checkpoint
+        self.time = time
         self.extras = (time == "token") + bool(num_classes) + (text_tokens if text_dim else 0)
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, width)
@@ -182,6 +183,8 @@ class UViT(nn.Module):
         self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
         self.mid_block = block()
         self.out_blocks = nn.ModuleList(block(skip=skip) for _ in range(depth // 2))
+        for i, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks]):
+            block.recomputed = checkpoint > 0 and i % checkpoint == 0
 
         self.norm = nn.LayerNorm(width)
         self.decoder_pred = nn.Linear(width, patch_size**2 * in_channels)
@@ -224,8 +227,10 @@ class UViT(nn.Module):
         return self.final_layer(x)                                          # (N, C, H, W)
 
     def run(self, block, *inputs):
-        """block(*inputs); with checkpoint, its activations are not kept but recomputed in the backward pass."""
-        return recompute(block, *inputs, use_reentrant=False) if self.checkpoint else block(*inputs)
+        """block(*inputs), its activations kept or else recomputed in the backward pass (it draws no random numbers)."""
+        if block.recomputed:
+            return recompute(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
     def check(self, x, t, y):
         """Raise ValueError, in one line, where forward is given what the model was not built for."""
