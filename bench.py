@@ -478,6 +478,7 @@ def draw_similarity(panels, path, cell=24):
     for (name, values), size in zip(panels, sizes):
         square = Image.fromarray((255 * values).round().byte().numpy()).resize((size, size), Image.NEAREST)
         picture.paste(square, (left, cell))
+        ImageDraw.Draw(picture).rectangle((left, cell, left + size - 1, cell + size - 1), outline=0)
         ImageDraw.Draw(picture).text((left, cell // 4), name, fill=0)
         left += size + cell
     with train.writing(path):
