@@ -3357,7 +3357,7 @@ def test_bench_cka_draws_and_prints_every_checkpoint(run, tmp_path, capsys):
     bench.main(["--cka", *2 * [str(run / "checkpoint.pt")], "--batch-size", "8", "--out", str(tmp_path / "cka.png")])
     text, picture = capsys.readouterr().out, np.asarray(Image.open(tmp_path / "cka.png"))
     assert text.count("mid_block") == 2 and picture.shape == (24 + 3 * 24, 3 * 24 + 24 + 3 * 24)
-    assert (picture[36::24, 12:72:24].diagonal() == 255).all() and (picture[36, 36] < 255).all()
+    assert (picture[36::24, 12:72:24].diagonal() == 255).all() and picture[36, 60] < 250     # first block, last
     with pytest.raises(ValueError, match="only the blocks of a U-ViT or a DiT"):
         bench.block_outputs(unet.MODELS["unet_tiny"](image_size=16, in_channels=3), torch.zeros(1, 3, 16, 16), torch.ones(1))
 
