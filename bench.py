@@ -560,3 +560,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:      # one line that says what, not a stack trace
         sys.exit(f"bench.py: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit("bench.py: interrupted")

@@ -510,3 +510,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
         sys.exit(f"fid.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("fid.py: interrupted")

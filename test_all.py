@@ -3371,6 +3371,17 @@ def test_bench_papers_prints_every_row_beside_what_is_reported(capsys, no_wait, 
     assert re.findall(r"two cores: (.*)", text) == ["1 ms", "2 ms"] and text.count("forward") == 2
 
 
+@pytest.mark.parametrize("script, arguments", [
+    ("train.py", [*SMALL, "--out", "run"]), ("sample.py", ["--ckpt", "a.pt"]), ("fid.py", ["a.npz", "--ref", "b.npz"]),
+    ("bench.py", BENCH)])
+def test_ctrl_c_before_the_work_begins_is_one_line(script, arguments, tmp_path, monkeypatch):
+    """Interrupted where nothing catches the signal yet, every command ends with a line, not a stack trace."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "Processes", lambda device: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(data, "load", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert command(script, *arguments).startswith(f"{script}: interrupted")
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "give --model and --data, or --papers"),
     (["--model", "uvit_s9", "--data", "cifar10"], "unknown model 'uvit_s9'"),
