@@ -3376,9 +3376,12 @@ def test_bench_papers_prints_every_row_beside_what_is_reported(capsys, no_wait, 
     ("bench.py", BENCH)])
 def test_ctrl_c_before_the_work_begins_is_one_line(script, arguments, tmp_path, monkeypatch):
     """Interrupted where nothing catches the signal yet, every command ends with a line, not a stack trace."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "Processes", lambda device: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(data, "load", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(train, "Processes", interrupt)      # what the other commands begin with
+    monkeypatch.setattr(data, "load", interrupt)
     assert command(script, *arguments).startswith(f"{script}: interrupted")
 
 
