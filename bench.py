@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
@@ -454,13 +454,13 @@ def block_outputs(model, *inputs):
     return found
 
 
-def block_similarity(path, args, device):
-    """A checkpoint -> names of its blocks, and the CKA of every two of them, (blocks, blocks)."""
+def block_similarity(path, args, load, device):
+    """A checkpoint, with data.load or its like -> names of its blocks, and the CKA of any two, (blocks, blocks)."""
     state = train.read_checkpoint(path)
     config = argparse.Namespace(**state["config"])
     model = train.build(config.model, state["model_args"]).to(device).eval()
     model.load_state_dict(state["ema"])
-    dataset, n = data.load(config.data, args.data_dir or config.data_dir, config.image_size), args.batch_size or 256
+    dataset, n = load(config.data, args.data_dir or config.data_dir, config.image_size), args.batch_size or 256
     images, y = next(dataset.batches([data.shuffled(len(dataset), 0, 0, n)], device))
     generator, schedule = torch.Generator(device).manual_seed(0), diffusion.SCHEDULES[config.schedule]()
     x0, t = dataset.prepare(images, *dataset.draws(n, generator)), torch.full((n,), args.time, device=device)
@@ -487,9 +487,9 @@ def draw_similarity(panels, path, cell=24):
 
 def compare_blocks(args, device):
     """--cka: prints the similarities of the blocks of each checkpoint, and draws them."""
-    panels = []
+    panels, load = [], lru_cache(data.load)        # networks of the same data: read once
     for path in args.cka:
-        names, values = block_similarity(path, args, device)
+        names, values = block_similarity(path, args, load, device)
         print(f"\n{path}\n{'':>14}" + "".join(f"{i:>6}" for i in range(len(names))))
         for i, (name, row) in enumerate(zip(names, values)):
             print(f"{i:>2} {name:<11}" + "".join(f"{value:6.2f}" for value in row))
