@@ -1,66 +1,66 @@
 """Data sets: images in, batches of x_0 in [-1, 1] and labels out.
 
-    dataset = load("cifar10", data_dir="data")          # torchvision's CIFAR10, downloaded if it is not there
-    dataset = load("shapes", image_size=16)             # ten classes of drawn shapes, made here, no download
-    dataset = load("photos/", image_size=64)            # your images: flat (no labels), or one folder for each class
-    dataset = load("imagenet256")                       # latents, and labels or text features, made beforehand by
+    dataset = load("cifar10", data_dir="data")      # torchvision's CIFAR10, downloaded if it is not there
+    dataset = load("shapes", image_size=16)         # ten classes of drawn shapes, no download
+    dataset = load("photos/", image_size=64)        # your images: flat (no labels), or one folder for each class
+    dataset = load("imagenet256")                   # latents, with labels or text features, made by encode.py
 
-    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out data/imagenet256 --image-size 256
-
-Small sets (under 2 GiB as uint8) live on the training device, where a batch is one gather, and mirroring and scaling
-cost next to nothing (CIFAR10 from 50,000 PNGs took 23 s to read on two CPU cores). Larger ones are read by workers.
-
-Order, and which of its captions an image comes with, are functions of the seed and the place in the stream of epochs
-alone (`shuffled`), so that a run can be resumed or split over processes exactly.
+A data set under 2 GiB (as uint8) is kept on the training device, where a batch is one gather; worker processes read a
+larger one. Reading CIFAR10 from 50,000 PNGs took 23 s on two CPU cores. The order of the images, and the caption that
+each comes with, are functions of the seed and the position in the stream of epochs (`shuffled`), so a run can be
+resumed, or split over processes, exactly.
 """
-import argparse
+import contextlib
+import errno
+import fcntl
 import hashlib
-import importlib
 import json
 import math
 import os
 import signal
+import socket
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 IN_MEMORY = 2 * 2**30     # bytes of uint8 up to which a data set is held in memory
-IMAGE_SIZE = {"cifar10": 32, "celeba64": 64, "imagenet64": 64, "imagenet256": 256, "imagenet512": 512, "mscoco256": 256,
-              "shapes": 16, "folder": 64}     # where nothing else is asked for
 
 
 def load(name, data_dir=None, image_size=None):
-    """The training part of a data set, by name (DATASETS) or path (a folder of images, or one that `encode` wrote).
+    """Load the training part of a data set: a name (see DATASETS), a folder of images, or one that encode.py wrote.
 
     data_dir    where a named data set lies (default: in data/)
     image_size  height and width of the images (default IMAGE_SIZE; latents keep that of their encoding)
-    Raises ValueError or FileNotFoundError, in one line, where there is nothing of that name or it can not be read.
+    Raises ValueError or OSError, in one line, where there is nothing of that name or it can not be read.
     """
     if data_dir and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"--data-dir {data_dir}: no such folder")
     if name in DATASETS:
-        return DATASETS[name](data_dir=data_dir, image_size=image_size)
-    return from_files(*list_images(name), image_size or 64) if kind(name) == "folder" else Latents(name, image_size)
+        return DATASETS[name].load(data_dir, image_size)
+    if kind(name) == "folder":
+        return from_files(*list_images(name), image_size or IMAGE_SIZE["folder"])
+    return Latents(name, image_size)
 
 
 def kind(name):
-    """What sort of data a name or path is, without reading it: a name of DATASETS, or "folder" for own images.
+    """The name of the recipe that a data set takes, without reading it: a name of DATASETS, "folder" or "latents".
 
-    An encoded folder counts as the set of the papers that it is most like: "mscoco256" with captions, "imagenet256"
-    with labels, "imagenet512" if its latents are wider than 32; and else as "latents". Raises as `load` does.
+    A folder of images is "folder". An encoded folder with captions is "mscoco256"; with labels it is "imagenet256", or
+    "imagenet512" where latents are wider than 32; else it is "latents". Raises as `load` does.
     """
+    takes = f"--data takes {', '.join(DATASETS)}, or a folder of images or latents"
     if name in DATASETS:
         return name
-    takes = f"--data takes {', '.join(DATASETS)}, or a folder of images or latents"
     if not Path(name).exists():
         raise FileNotFoundError(f"{name}: no such data set or folder; {takes}")
     if not Path(name).is_dir():
@@ -68,11 +68,9 @@ def kind(name):
     if not (Path(name) / "encoding.json").exists():
         return "folder"
     encoding = read_encoding(name)
-    if encoding["text"]:
-        return "mscoco256"
-    if encoding["class_names"]:
-        return "imagenet256" if encoding["shape"][-1] <= 32 else "imagenet512"
-    return "latents"
+    if not encoding["class_names"]:
+        return "mscoco256" if encoding["text"] else "latents"
+    return "imagenet256" if encoding["shape"][-1] <= 32 else "imagenet512"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,14 +78,15 @@ def kind(name):
 
 
 class Images:
-    """What all kinds share: shape (C, H, W) of x_0, labels (N,) int64 or None, class_names; batches, draws, prepare.
+    """A data set: `length` images x_0 of `shape` (C, H, W), labels (N,) int64 or None, and the names of the classes.
 
-    Those on disk define read(index, choice) -> [x], or [x, text features], of one image: see `shuffled`.
+    A data set on disk defines read(index, choice) -> [x], or [x, text features], of one image: see `shuffled`.
     """
-    flip = True         # may x_0 be mirrored?
-    text = None         # (tokens, width) of text features, where these are y
-    null = None         # and (tokens, width) float32, those of the empty string
-    encoding = None     # of latents: what made them, the dict of encoding.json (see `encode`)
+    flip = True         # may x_0 be mirrored? train.py sets it
+    files = ()          # paths of the images, in order, if they come from files
+    text = None         # (tokens, width) of the text features, if these are y
+    null = None         # (tokens, width) float32: the features of the empty string, if there is text
+    encoding = None     # the content of encoding.json, if x_0 are latents
 
     def __init__(self, length, shape, labels, class_names):
         self.length, self.shape, self.labels, self.class_names = length, tuple(shape), labels, tuple(class_names)
@@ -96,24 +95,40 @@ class Images:
     def __len__(self):
         return self.length
 
+    def identity(self):
+        """What tells this data set from others, wherever it lies: {count, class_names, files}.
+
+        files: a checksum of the images' paths below their folder and of their sizes in bytes; None without files.
+        """
+        checksum = hashlib.sha256()
+        if self.files:      # they are sorted, so all lie in the folder that the first and the last share
+            start = len(os.path.commonpath([os.path.dirname(self.files[0]), os.path.dirname(self.files[-1])]))
+        for file in self.files:
+            checksum.update(os.fsencode(f"{file[start:]} {os.path.getsize(file)}\n"))
+        files = checksum.hexdigest() if self.files else None
+        return {"count": len(self), "class_names": list(self.class_names), "files": files}
+
     def __getitem__(self, places):
-        """The batch of an array (n, 2) of `shuffled`: [x], or [x, y]."""
+        """The batch of an array (n, 2) of `shuffled`: [x], or [x, y].
+
+        An error is returned, and `batches` raises it: if a worker raised it, it would arrive as a stack trace.
+        """
         try:
             rows = [self.read(int(index), int(choice)) for index, choice in places]
-        except ValueError as error:     # a worker would wrap it in its stack trace: hand it over instead
+        except (ValueError, OSError, MemoryError) as error:
             return error
-        batch = [torch.stack(column) for column in zip(*rows)]
-        return batch if self.labels is None else [*batch, self.labels[places[:, 0]]]
+        columns = [torch.stack(column) for column in zip(*rows)]
+        return columns if self.labels is None else [*columns, self.labels[places[:, 0]]]
 
     def batches(self, order, device, workers=0):
-        """For each array (n, 2) of `order` (see `shuffled`), on `device`: x, uint8 (n, C, H, W), and y, (n,) or None.
+        """Yield x, uint8 (n, C, H, W), and y, (n,) or None, for each array (n, 2) of `order` (see `shuffled`).
 
-        So many processes (workers) read ahead. `Latents` have another x, and may have another y.
+        They are on `device`. `workers` processes prefetch them. `Latents` have another x, and may have another y.
         """
         for batch in torch.utils.data.DataLoader(
                 self, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=ignore_signals,
                 pin_memory=torch.device(device).type == "cuda"):
-            if isinstance(batch, ValueError):
+            if isinstance(batch, Exception):
                 raise batch
             x, *y = (part.to(device, non_blocking=True) for part in batch)
             yield x, (y[0].float() if self.text else y[0]) if y else None
@@ -123,17 +138,17 @@ class Images:
         return [torch.rand(n, generator=generator, device=generator.device) < 0.5]
 
     def prepare(self, images, mirror):
-        """uint8 images -> x_0, float32 in [-1, 1], mirrored where asked."""
+        """uint8 images -> x_0, float32 in [-1, 1], mirrored where `mirror` says so and `flip` allows it."""
         x = images.float() / 127.5 - 1
-        return torch.where(mirror[:, None, None, None], x.flip(-1), x)
+        return torch.where((mirror & self.flip)[:, None, None, None], x.flip(-1), x)
 
 
 class ImagesInMemory(Images):
     """uint8 images (N, C, H, W), held on the training device."""
 
-    def __init__(self, images, labels=None, class_names=()):
+    def __init__(self, images, labels=None, class_names=(), files=()):
         super().__init__(len(images), images.shape[1:], labels, class_names)
-        self.images = images
+        self.images, self.files = images, files
 
     def batches(self, order, device, workers=0):
         images, labels = self.images.to(device), None if self.labels is None else self.labels.to(device)
@@ -143,7 +158,7 @@ class ImagesInMemory(Images):
 
 
 class ImagesOnDisk(Images):
-    """Image files, of which read_file(path, image_size) makes uint8 (3, image_size, image_size)."""
+    """Image files, which read_file(path, image_size) turns into uint8 (3, image_size, image_size)."""
 
     def __init__(self, files, labels, class_names, image_size, read_file):
         super().__init__(len(files), (3, image_size, image_size), labels, class_names)
@@ -154,41 +169,55 @@ class ImagesOnDisk(Images):
 
 
 class Latents(Images):
-    """A folder written by `encode`: Gaussians of an autoencoder for each image and its mirror, and labels or text.
+    """A folder that encode.py wrote: an autoencoder's Gaussians for each image, and labels or text features.
 
-    x is moments (n, 2, 2C, h, w) in the type of the file: of image and mirror, C means, then C log variances; `prepare`
-    draws x_0 from them. y is labels, or features (n, tokens, width) float32 of one caption of each image, by its random
-    number; then there is no mirroring, as in U-ViT ("left" would turn wrong).
+    x is moments (n, 2, 2C, h, w) in the type of the files: of image and mirror, C means, then C log variances.
+    `prepare` draws x_0 from them. y is labels, or features (n, tokens, width) float32 of one caption of each image.
+    With captions x is (n, 1, 2C, h, w) and nothing is mirrored, as in U-ViT ("left" would be wrong).
     Raises ValueError where the folder is incomplete, damaged or of another image size.
     """
 
     def __init__(self, root, image_size=None):
-        self.root, self.encoding = Path(root), read_encoding(root)
+        self.root, self.encoding = str(root), read_encoding(root)
+        count, classes, text = (self.encoding[key] for key in ("count", "class_names", "text"))
         if image_size not in (None, self.encoding["image_size"]):
             raise ValueError(f"{root}: encoded at image size {self.encoding['image_size']}, not {image_size}")
-        names = ["moments", "text"] if self.encoding["text"] else ["moments"]
-        done = np.concatenate([self.array(f"{name}_done") for name in names])
-        if not done.all():
-            raise ValueError(f"{root}: only {done.mean():.1%} encoded ({done.sum()} of {len(done)} images and captions)"
-                             "; run the same command of data.py encode again, it continues")
-        for name in names:              # are they there, and whole?
-            self.array(name)
-        classes = self.encoding["class_names"]
-        labels = torch.from_numpy(self.array("labels").copy()) if classes else None
-        super().__init__(self.encoding["count"], self.encoding["shape"], labels, classes)
-        if self.encoding["text"]:
-            self.text, self.flip = tuple(self.encoding["text"]), False
-            self.null = torch.from_numpy(self.array("null").astype(np.float32))
+        for name in self.encoding["tables"]:
+            for path, *_ in missing_files(root, name, self.encoding):
+                raise ValueError(f"{root}: not all is encoded ({name}/{path.name} is missing or damaged); run the same "
+                                 "command of encode.py again, it continues")
+        labels = torch.from_numpy(self.array("labels", count)) if classes else None
+        super().__init__(count, self.encoding["shape"], labels, classes)
+        if text:
+            self.text, self.flip, self.captions = tuple(text), False, self.array("captions", count + 1)
+            self.null = torch.from_numpy(self.array("null", text[0]).astype(np.float32))
 
-    def array(self, name):
-        return mapped(self.root / f"{name}.npy")
+    def array(self, name, length):
+        """The array in <name>.npy. Raises ValueError where it is not there, or of another length."""
+        path = f"{self.root}/{name}.npy"
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            if len(array := np.load(path)) == length:
+                return array
+        raise ValueError(f"{path} is missing, damaged or not of length {length}; encode again")
+
+    def row(self, name, index):
+        """Row `index` of a table: of moments, or of text."""
+        (_, *shape), dtype = self.encoding["tables"][name], np.dtype(self.encoding["type"])
+        size, place = math.prod(shape), index % self.encoding["batch_size"]
+        path = f"{self.root}/{name}/{index - place:09d}.bin"
+        row = np.fromfile(path, dtype, size, offset=place * size * dtype.itemsize)
+        if len(row) < size:
+            raise ValueError(f"{path}: damaged; remove it and encode again")
+        return torch.from_numpy(row.reshape(shape))
 
     def read(self, index, choice):
-        rows = [self.array("moments")[index]]
-        if self.text:
-            first, end = self.array("captions")[index:index + 2]
-            rows.append(self.array("text")[first + choice % (end - first)])
-        return [torch.from_numpy(row.copy()) for row in rows]
+        if not self.text:
+            return [self.row("moments", index)]
+        first, end = self.captions[index:index + 2].tolist()
+        return [self.row("moments", index), self.row("text", first + choice % (end - first))]
+
+    def identity(self):
+        return {**super().identity(), "files": self.encoding["files"]}
 
     def examples(self, n):
         """Text features (n, tokens, width) float32: the first captions of n images, evenly spaced."""
@@ -206,28 +235,41 @@ class Latents(Images):
 
 
 def ignore_signals(worker):
-    """A SIGTERM or ctrl-C for all processes is the main one's business: it saves, and then ends its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """SIGTERM, SIGHUP and ctrl-C reach all processes. The main one answers: it saves, and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-@lru_cache(maxsize=16)
-def mapped(path):
-    """A .npy file, mapped into memory once in every process: to workers, who may not be forks, only its path goes."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); encode again") from None
-
-
 def read_encoding(root):
-    """encoding.json of an encoded folder, a dict (its keys: see `encode`). Raises ValueError where it is none."""
+    """The dict in encoding.json of an encoded folder (keys: see encode.py). Raises ValueError if it makes no sense."""
     try:
         encoding = json.loads((Path(root) / "encoding.json").read_text())
-        [encoding[key] for key in ("shape", "text", "count", "scale", "image_size", "class_names")]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{root}: its encoding.json is not one of data.py encode ({error!r})") from None
+        (channels, height, width), text = encoding["shape"], encoding["text"]
+        tables = {"moments": [encoding["count"], 1 if text else 2, 2 * channels, height, width]}
+        if text:
+            tables["text"] = [encoding["tables"]["text"][0], *text]
+        numbers = [encoding["image_size"], encoding["batch_size"], *sum(tables.values(), [])]
+        sensible = (tables == encoding["tables"] and all(type(number) is int and number > 0 for number in numbers)
+                    and encoding["image_size"] % width == 0 and 0 < encoding["scale"] < math.inf
+                    and encoding["type"] in ("float16", "float32") and isinstance(encoding["class_names"], list)
+                    and all(isinstance(encoding[key], str) for key in ("autoencoder", "files")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{root}: its encoding.json is not one of encode.py, or of an older version ({error!r}); "
+                         "encode again, to another --out") from None
+    if not sensible:
+        raise ValueError(f"{root}: its encoding.json has a count, shape, scale or other value that makes no sense")
     return encoding
+
+
+def missing_files(root, name, encoding):
+    """The files of a table that are not there, or not whole: yields (path, first row, end)."""
+    (count, *shape), step = encoding["tables"][name], encoding["batch_size"]
+    row, folder = math.prod(shape) * np.dtype(encoding["type"]).itemsize, Path(root, name)
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)} if folder.is_dir() else {}
+    for first in range(0, count, step):
+        file, end = f"{first:09d}.bin", min(first + step, count)
+        if sizes.get(file) != (end - first) * row:
+            yield folder / file, first, end
 
 
 @lru_cache(maxsize=2)
@@ -240,7 +282,7 @@ def epoch_order(length, seed, epoch):
 def shuffled(length, seed, start, count):
     """(count, 2) int64 from position `start` of an endless stream of epochs, each shuffled by (seed, epoch).
 
-    Column 0 is the image's index, column 1 a random number for what is chosen when it is read: one of its captions.
+    Column 0 is the index of an image, column 1 a random number that chooses one of its captions.
     """
     epochs, places = np.divmod(np.arange(start, start + count), length)
     return np.concatenate([epoch_order(length, seed, int(e))[places[epochs == e]] for e in np.unique(epochs)])
@@ -249,21 +291,35 @@ def shuffled(length, seed, start, count):
 # ---------------------------------------------------------------------------------------------------------------------
 # Images from and to files
 
-
-def one_line(error):
-    """What an error of somebody else's says, without line breaks and not too long."""
-    return " ".join(str(error).split())[:200]
+SUFFIXES = tuple(".png .jpg .jpeg .jfif .webp .avif .bmp .gif .tif .tiff .ppm .pgm".split())    # in any case
 
 
 def open_image(path):
-    """An image file -> Pillow's image, RGB. Raises ValueError naming the file where Pillow can not read it."""
+    """An image file -> Pillow's image, RGB, turned as its EXIF says, transparent pixels on white.
+
+    Raises ValueError naming the file where it is not an image that can be shown. The system's errors ("Too many open
+    files", no memory) stay what they are.
+    """
     try:
-        image = Image.open(path)
-        if image.mode.startswith("I"):                                      # 16 bits: Pillow would clip, not scale
+        with Image.open(path) as image:
+            if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+                raise ValueError("32-bit pixels do not say which value is white; save it with 8 or 16 bits")
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):      # 16 bits, which Pillow would clip, not scale
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
-    except Exception as error:      # OSError, SyntaxError, struct.error, DecompressionBombError, ..
-        raise ValueError(f"{path}: not a readable image ({error}); repair or remove it") from None
+    except Exception as error:      # UnidentifiedImageError, SyntaxError, struct.error, DecompressionBombError, ..
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise
+        raise ValueError(f"{path}: not a readable image ({one_line(error)}); repair or remove it") from None
+
+
+def centre(image, size):
+    """The central square of Pillow's image."""
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def to_tensor(image):
@@ -282,8 +338,13 @@ def read_image(path, size):
     if min(image.size) != size:
         scale = size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return to_tensor(image.crop((left, top, left + size, top + size)))
+    return to_tensor(centre(image, size))
+
+
+def read_square(path, size):
+    """An image file -> uint8 (3, size, size): its central square, scaled with Lanczos, as U-ViT reads MS-COCO."""
+    image = open_image(path)
+    return to_tensor(centre(image, min(image.size)).resize((size, size), Image.LANCZOS))
 
 
 def read_face(path, size):
@@ -294,40 +355,54 @@ def read_face(path, size):
     return to_tensor(image.crop((25, 57, 153, 185)).resize((size, size), Image.BILINEAR))
 
 
-def list_images(root):
-    """A folder -> (files, labels or None, class names). Sub-folders are classes, in the order of their sorted names.
+def visible(folder):
+    """The files and folders in a folder that are not hidden: os.DirEntry, sorted by name."""
+    return sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
 
-    Raises ValueError where there is no image, a class without one, or images beside class folders.
+
+def images_among(entries, above=None):
+    """Paths of the image files among these entries and, if `above` is given, in the folders among them.
+
+    above   real paths of the folders that hold them: links to folders are followed, but not in a circle
     """
-    suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+    for entry in entries:
+        if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+            yield entry.path
+        elif above is not None and entry.is_dir() and (real := os.path.realpath(entry.path)) not in above:
+            yield from images_among(visible(entry.path), (*above, real))
 
-    def images_among(paths):
-        return sorted(p for p in paths if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file())
 
-    root = Path(root)
-    if not root.is_dir():
+def list_images(root):
+    """A folder -> (paths of its images, labels or None, class names). Sub-folders are classes. Prints what it found.
+
+    Classes are in the order of their names as text (1, 10, 2), as in torchvision. Where train/ lies alone or beside
+    val/ or test/, train/ is read.
+    Raises ValueError where there is no image, a class without one, or images beside classes.
+    """
+    if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such folder")
-    flat = images_among(root.iterdir())
-    classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if flat and classes:
-        raise ValueError(f"{root}: holds images beside folders ({classes[0].name}, ..); keep either images, or a "
+    entries = visible(root)
+    files, folders = list(images_among(entries)), {entry.name: entry.path for entry in entries if entry.is_dir()}
+    if "train" in folders and (len(folders) == 1 or {"val", "valid", "validation", "test"} & folders.keys()):
+        return list_images(folders["train"])
+    if files and folders:
+        raise ValueError(f"{root}: holds images beside folders ({min(folders)}, ..); keep either images, or a "
                          "folder for each class")
-    if not flat and not classes:
-        raise ValueError(f"{root}: holds no image that Pillow reads (.png, .jpg, ..)")
-    if flat:
-        return flat, None, ()
-    files, labels = [], []
-    for label, directory in enumerate(classes):
-        found = images_among(directory.rglob("*"))
+    if not files and not folders:
+        raise ValueError(f"{root}: holds no image ({', '.join(SUFFIXES)})")
+    labels = []
+    for label, folder in enumerate(folders.values()):
+        found = list(images_among(visible(folder), (os.path.realpath(folder),)))
         if not found:
-            raise ValueError(f"{directory}: class folder without an image; remove it or fill it")
+            raise ValueError(f"{folder}: class folder without an image; remove it or fill it")
         files += found
         labels += [label] * len(found)
-    return files, torch.tensor(labels), [p.name for p in classes]
+    say(f"{root}: {len(files)} images, {len(folders) or 'no'} class{'es' * (len(folders) != 1)}")
+    return files, torch.tensor(labels) if folders else None, tuple(folders)
 
 
 def from_files(files, labels, names, image_size, read_file=read_image):
-    """The images of these files (see `list_images`): in memory if that is small, and on disk if not."""
+    """The images in these files (see `list_images`): in memory if they are small, and else on disk."""
     if len(files) * 3 * image_size**2 > IN_MEMORY:
         return ImagesOnDisk(files, labels, names, image_size, read_file)
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
@@ -336,7 +411,7 @@ def from_files(files, labels, names, image_size, read_file=read_image):
         for i, image in enumerate(tqdm(read, total=len(files), desc="reading images", unit="image", leave=False,
                                        mininterval=0.1 if sys.stderr.isatty() else 10)):
             images[i] = image
-    return ImagesInMemory(images, labels, names)
+    return ImagesInMemory(images, labels, names, files)
 
 
 def to_uint8(x):
@@ -347,8 +422,7 @@ def to_uint8(x):
 def save_grid(images, path, rows=0):
     """uint8 images (N, 3, H, W) -> one picture, in a file of the type that its name says.
 
-    rows = 0: about square. Otherwise image i goes into row i % rows: one row for each of so many labels in turn.
-    Raises ValueError where the images have other than 3 channels.
+    rows = 0: about square. Otherwise image i goes into row i % rows, so that each row shows one label.
     """
     if images.shape[1] != 3:
         raise ValueError(f"{path}: a picture needs 3 channels, these images have {images.shape[1]} (latents?)")
@@ -378,68 +452,64 @@ def download(name, root, advice, **options):
 def cifar10(data_dir=None, image_size=None):
     """The 50,000 training images of CIFAR10, 32x32 (or means of their pixels: 16x16, 8x8, ..), ten classes.
 
-    From torchvision's files in data_dir, downloaded if they are not there; or from class folders in data_dir, or in
-    data_dir/train (airplane/, automobile/, ..).
+    From torchvision's files in data_dir (default data/), downloaded if they are not there; or from class folders in
+    data_dir or data_dir/train (airplane/, automobile/, ..).
     """
-    root, size = Path(data_dir or "data"), image_size or 32
+    root, size = Path(data_dir or "data"), image_size or IMAGE_SIZE["cifar10"]
     if 32 % size:
         raise ValueError(f"cifar10: image_size {size}; its images are 32x32, and can be 16x16 or 8x8 (give a folder of "
                          "images to --data for other sizes)")
-    classes = next((c for c in (root / "train", root) if (c / CIFAR10_CLASSES[0]).is_dir()), None)
-    if classes:
-        dataset = from_files(*list_images(classes), 32)
+    if any((folder / "airplane").is_dir() for folder in (root, root / "train")):
+        dataset = from_files(*list_images(root), 32)
         if dataset.class_names != CIFAR10_CLASSES:
-            raise ValueError(f"{classes}: its folders are not CIFAR10's classes ({', '.join(CIFAR10_CLASSES)})")
-        images, labels = dataset.images, dataset.labels
+            raise ValueError(f"{root}: its folders are not CIFAR10's classes ({', '.join(CIFAR10_CLASSES)})")
     else:
         files = download("CIFAR10", root, "put cifar-10-python.tar.gz there "
                          "(https://www.cs.toronto.edu/~kriz/cifar.html)", train=True)
-        images, labels = torch.from_numpy(files.data).permute(0, 3, 1, 2), torch.tensor(files.targets)
+        images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
+        dataset = ImagesInMemory(images, torch.tensor(files.targets), CIFAR10_CLASSES)
     if size < 32:
-        images = images.unflatten(3, (size, -1)).unflatten(2, (size, -1)).float().mean((3, 5)).round().byte()
-    return ImagesInMemory(images.contiguous(), labels, CIFAR10_CLASSES)
+        cells = dataset.images.unflatten(3, (size, -1)).unflatten(2, (size, -1))
+        dataset.images, dataset.shape = cells.float().mean((3, 5)).round().byte(), (3, size, size)
+    return dataset
 
 
 def celeba64(data_dir=None, image_size=None):
     """The faces of CelebA, cropped as in U-ViT, 64x64, no labels.
 
-    The aligned images lie in data_dir (default data/celeba64 or data/celeba), in its img_align_celeba/ or, where
-    torchvision puts them, celeba/img_align_celeba/. If there are none, torchvision's download is tried. Of the whole
-    set, 202,599 images, the first 162,770 are used, which are its training split; of any other number, all.
+    The aligned images lie in data_dir (default data/celeba) or in a folder in it (img_align_celeba/). Without that
+    default folder torchvision's download is tried. Of all 202,599 images, the first 162,770 are used, which are the
+    training split; of any other number, all.
     """
-    roots = [Path(data_dir)] if data_dir else [Path("data/celeba64"), Path("data/celeba")]
-    places = [root / below for root in roots for below in ("celeba/img_align_celeba", "img_align_celeba", "")]
-    root = next((place for place in places if any(place.glob("*.jpg")) or any(place.glob("*.png"))), None)
-    if not root:
-        download("CelebA", data_dir or "data", "unpack img_align_celeba.zip "
-                 f"(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) in {roots[0]}")
-        root = Path(data_dir or "data") / "celeba/img_align_celeba"
+    root = Path(data_dir or "data/celeba")
+    if not root.is_dir():
+        download("CelebA", "data", "unpack img_align_celeba.zip (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) in "
+                 f"{root}")
     files = list_images(root)[0]
-    return from_files(files[:162_770] if len(files) == 202_599 else files, None, (), image_size or 64, read_face)
+    files = files[:162_770] if len(files) == 202_599 else files
+    return from_files(files, None, (), image_size or IMAGE_SIZE["celeba64"], read_face)
 
 
 def imagenet64(data_dir=None, image_size=None):
     """ImageNet's class folders (n01440764/, ..) in data_dir (default data/imagenet) or data_dir/train, at 64x64.
 
-    They are decoded anew in every epoch: a photograph of 500x375 takes a core 3 ms, so --workers decides the speed.
+    They are decoded anew in every epoch. A photograph of 500x375 takes 3 ms of a core, so --workers decides the speed.
     """
     root = Path(data_dir or "data/imagenet")
-    root = root / "train" if (root / "train").is_dir() else root
     if not root.is_dir():
         raise FileNotFoundError(f"imagenet64: no folder {root}; put ImageNet's class folders (https://image-net.org) "
                                 "there, or say where they are with --data-dir")
-    dataset = from_files(*list_images(root), image_size or 64)
-    if dataset.labels is None:
+    files, labels, names = list_images(root)
+    if labels is None:
         raise ValueError(f"imagenet64: {root} holds images, not a folder for each class")
-    return dataset
+    return from_files(files, labels, names, image_size or IMAGE_SIZE["imagenet64"])
 
 
 def encoded(name, flags, data_dir=None, image_size=None):
-    """The latents of a named data set, from data_dir (default data/<name>), where `encode` wrote them."""
+    """The latents of a named data set, from data_dir (default data/<name>), where encode.py wrote them."""
     root = Path(data_dir or f"data/{name}")
     if not (root / "encoding.json").exists():
-        raise FileNotFoundError(f"{name}: no latents in {root}; they are made by: python data.py encode {flags} "
-                                f"--out {root}")
+        raise FileNotFoundError(f"{name}: no latents in {root}; this makes them: python encode.py {flags} --out {root}")
     return Latents(root, image_size)
 
 
@@ -448,8 +518,8 @@ def box(x, y, width, height):
     return np.maximum(abs(x) - width, abs(y) - height)
 
 
-# Ten classes: a colour, and a form as its signed distance (as far as smooth edges need it).
-SHAPES = {
+GREY = 128      # the background of the shapes
+SHAPES = {      # ten classes: a colour, and the signed distance of (x, y) from the shape, right near its edge
     "red disc": ((225, 40, 40), lambda x, y: np.hypot(x, y) - 0.95),
     "orange square": ((250, 150, 30), lambda x, y: box(x, y, 0.85, 0.85)),
     "yellow triangle": ((245, 230, 60), lambda x, y: np.maximum(0.89 * abs(x) - 0.45 * y - 0.45, y - 0.85)),
@@ -461,43 +531,52 @@ SHAPES = {
     "white cross": ((245, 245, 245), lambda x, y: np.maximum(abs(abs(x) - abs(y)) / 2**0.5 - 0.3, box(x, y, 0.9, 0.9))),
     "black frame": ((20, 20, 20), lambda x, y: abs(box(x, y, 0.7, 0.7)) - 0.25),
 }
-GREY = 128                # their background
 
 
 def shapes(data_dir=None, image_size=None, length=10_000):
     """Drawn shapes: image i is of class i % 10, its place and size drawn from a generator seeded with i."""
-    size = image_size or 16
-    centres = (np.arange(size) + 0.5) / size - 0.5
+    images = torch.tensor(draw_shapes(image_size or IMAGE_SIZE["shapes"], length))      # a copy of what is kept
+    return ImagesInMemory(images, torch.arange(length) % len(SHAPES), SHAPES)
+
+
+@lru_cache(maxsize=2)
+def draw_shapes(size, length):
+    """The images of `shapes`, uint8 (length, 3, size, size), drawn class by class."""
     images = np.empty((length, 3, size, size), np.uint8)
-    for i in range(length):
-        colour, distance = list(SHAPES.values())[i % len(SHAPES)]
-        dx, dy, scale = np.random.default_rng(i).uniform(-1, 1, 3)
-        radius = 0.36 + 0.03 * scale        # as its place, in units of the image's size
+    places = np.stack([np.random.default_rng(i).uniform(-1, 1, 3) for i in range(length)])
+    centres = (np.arange(size) + 0.5) / size - 0.5      # of the pixels
+    for first, (label, (colour, distance)) in product(range(0, length, 500), enumerate(SHAPES.values())):
+        some = slice(first + label, min(first + 500, length), len(SHAPES))      # few enough for the processor's cache
+        dx, dy, scale = places[some].T[..., None, None]
+        radius = 0.36 + 0.03 * scale        # in units of the image's size, like the place
         x, y = (centres[None, :] - dx / 16) / radius, (centres[:, None] - dy / 16) / radius
         cover = np.clip(0.5 - distance(x, y) * radius * size, 0, 1)     # share of each pixel inside: smooth edges
-        images[i] = (GREY + cover * (np.array(colour, dtype=float)[:, None, None] - GREY)).round()
-    return ImagesInMemory(torch.from_numpy(images), torch.arange(length) % len(SHAPES), SHAPES)
+        for channel, value in enumerate(colour):
+            images[some, channel] = (GREY + cover * (value - GREY)).round()
+    return images
 
 
-def nearest_shape(images):
-    """What uint8 images (N, 3, S, S) show: (class (N,), distance (N,)), by the nearest of 1000 drawn shapes.
-
-    distance is the root mean square difference in grey levels: under about 20 the shape is clean; noise is far.
-    """
-    known = shapes(image_size=images.shape[-1], length=1000)
-    distances = torch.cdist(images.flatten(1).float(), known.images.flatten(1).float()) / images[0].numel() ** 0.5
-    distance, index = distances.min(dim=1)
-    return known.labels[index], distance
+class Named(NamedTuple):
+    """A data set with a name: the function that loads it, and what is known of it before it is there."""
+    load: Callable              # (data_dir, image_size) -> Images
+    image_size: int             # height and width of the images, unless another one is asked for
+    shape: tuple                # of x_0
+    num_classes: int
+    text: tuple | None = None   # (tokens, width)
 
 
 DATASETS = {
-    "cifar10": cifar10, "celeba64": celeba64, "imagenet64": imagenet64,
-    "imagenet256": partial(encoded, "imagenet256", "--images imagenet/train --image-size 256"),
-    "imagenet512": partial(encoded, "imagenet512", "--images imagenet/train --image-size 512"),
-    "mscoco256": partial(encoded, "mscoco256", "--images train2014 --captions captions_train2014.json --image-size 256 "
-                         "--scale 0.23010"),
-    "shapes": shapes,
+    "cifar10": Named(cifar10, 32, (3, 32, 32), 10),
+    "celeba64": Named(celeba64, 64, (3, 64, 64), 0),
+    "imagenet64": Named(imagenet64, 64, (3, 64, 64), 1000),
+    "imagenet256": Named(partial(encoded, "imagenet256", "--images imagenet/train"), 256, (4, 32, 32), 1000),
+    "imagenet512": Named(partial(encoded, "imagenet512", "--images imagenet/train --image-size 512"),
+                         512, (4, 64, 64), 1000),
+    "mscoco256": Named(partial(encoded, "mscoco256", "--images train2014 --captions captions_train2014.json"),
+                       256, (4, 32, 32), 0, (77, 768)),
+    "shapes": Named(shapes, 16, (3, 16, 16), 10),
 }
+IMAGE_SIZE = {"folder": 64, **{name: known.image_size for name, known in DATASETS.items()}}
 
 
 def imagenet_names():
@@ -506,261 +585,128 @@ def imagenet_names():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stable Diffusion's autoencoder and CLIP. diffusers and transformers are needed here alone.
-
-AUTOENCODER, CLIP, SCALE = "stabilityai/sd-vae-ft-ema", "openai/clip-vit-large-patch14", 0.18215
-ENCODINGS = {      # of the papers' weights, which come without an encoding.json
-    "imagenet256": dict(autoencoder=AUTOENCODER, scale=SCALE, image_size=256, clip=None),
-    "imagenet512": dict(autoencoder=AUTOENCODER, scale=SCALE, image_size=512, clip=None),
-    "mscoco256": dict(autoencoder=AUTOENCODER, scale=0.23010, image_size=256, clip=CLIP),
-}
+# What the commands share
 
 
-def pretrained(package, class_name, name, **options):
-    """An object of a class of diffusers or transformers, from a folder of save_pretrained or by huggingface.co's name.
+def say(line):
+    """Print a line for the user, once, not once for each process; to stderr, since stdout may be read by a program."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, file=sys.stderr)
 
-    Raises ValueError in one line where the package is missing, or nothing can be read under that name.
+
+def one_line(error, most=200):
+    """The text of an error that others raised, without line breaks, and cut after `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
+MORE_THAN_0, LESS_THAN_1 = math.nextafter(0, 1), math.nextafter(1, 0)
+BOUNDS = [      # of the numbers on the command lines: smallest, largest, in words, flags
+    (1, math.inf, "at least 1", "steps sample_steps accumulate log_every save_every num_images cfg_channels k repeats"),
+    (1, 2**20, "1 to 1048576", "batch_size"),
+    (1, 2**14, "1 to 16384", "image_size size"),
+    (0, math.inf, "at least 0", "lr warmup weight_decay clip_grad sample_every grad_checkpoint"),
+    (0, 1024, "0 to 1024", "workers"),
+    (0, 1, "0 to 1", "label_dropout cfg_interval time"),
+    (0, LESS_THAN_1, "at least 0 and less than 1", "ema betas"),
+    (MORE_THAN_0, math.inf, "more than 0", "scale noise_scale"),
+    (0, 2**63 - 1, "0 to 2**63 - 1", "seed"),
+]
+
+
+def check(values):
+    """Raise ValueError where a number of {flag: value} is not finite or out of BOUNDS. Every command calls this.
+
+    Each number of a list is checked. None and text pass: what a text means is for its reader to check.
     """
+    bounds = {flag: row for *row, flags in BOUNDS for flag in flags.split()}
+    for flag, value in values.items():
+        low, high, words = bounds.get(flag, (-math.inf, math.inf, ""))
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(number, (int, float)):
+                continue
+            finite = -math.inf < number < math.inf
+            if not (finite and low <= number <= high):
+                raise ValueError(f"--{flag.replace('_', '-')} {number}: must be {words if finite else 'finite'}")
+
+
+@contextlib.contextmanager
+def lock(path):
+    """Hold `path`, a folder or a file that this process writes, until the block ends.
+
+    The lock is the kernel's (flock), on a hidden file: .lock in a folder, .<name>.lock beside a file. It ends with the
+    process, however that dies. Raises ValueError, in one line that names the holder, where another process has it.
+    One process of a command takes it (rank 0). A network file system may hold such a lock for one machine only, or not
+    at all: then two machines can still write to one place. A file system without locks gets a warning.
+    """
+    path = Path(path)
+    name = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+
+    def still_there():      # the previous holder may have removed it between our opening and our locking
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(name))
+
+    while True:
+        with writing(path):
+            name.parent.mkdir(parents=True, exist_ok=True)
+            file = open(name, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{path}: {one_line(file.read(), 400) or 'another process'} writes there; wait until it "
+                             "ends, stop it, or give another --out") from None
+        except OSError as error:
+            say(f"{path}: this file system has no locks ({error}); start no second command there")
+        if still_there():
+            break
+        file.close()
+    os.register_at_fork(after_in_child=file.close)      # a worker that outlives this process must not hold the lock
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:200]}, since {time.ctime()})",
+          file=file, flush=True)
     try:
-        cls = getattr(importlib.import_module(package), class_name)
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(f"{name}: needs the package {package}: pip install {package} ({one_line(error)})") from None
+        yield
+    finally:
+        if still_there():
+            name.unlink()
+        file.close()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn an error of the block, a full disk or a read-only folder, into one line that says what to do."""
     try:
-        return cls.from_pretrained(name, **options)
-    except Exception as error:      # OSError, HTTP errors, KeyError, whatever the reader makes of other files
-        raise ValueError(f"{name}: no {class_name} could be read from a folder, nor from huggingface.co, of that name "
-                         f"({one_line(error)})") from None
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):     # torch's own, raised while it handled the system's
+            error = error.__context__ or error
+        room = "" if getattr(error, "errno", 0) in (errno.EACCES, errno.EPERM, errno.EROFS) else "make room or "
+        raise OSError(f"{path}: could not be written ({error}); {room}give another --out") from None
 
 
-class Autoencoder:
-    """A KL autoencoder of Stable Diffusion, frozen, in float32 (float16 overflows in some of them)."""
+def command(script, main, interrupted):
+    """Run a script's main(). What a user can mend ends it with one line, "script: what is wrong", not a stack trace.
 
-    def __init__(self, name=AUTOENCODER, device="cpu", scale=SCALE):
-        net = pretrained("diffusers", "AutoencoderKL", name, low_cpu_mem_usage=False)   # True asks for one more package
-        self.net = net.to(device).requires_grad_(False).eval()
-        self.device, self.scale = device, scale
-
-    def moments(self, x):
-        """Images (n, 3, S, S), uint8 or in [-1, 1] -> C means and C log variances, (n, 2C, s, s) float32, unscaled."""
-        x = x.to(self.device)
-        return self.net.encode(x if x.is_floating_point() else x / 127.5 - 1).latent_dist.parameters
-
-    def decode(self, latents):
-        """Scaled latents (n, C, s, s) -> images, uint8 (n, 3, S, S), on the device; a few at a time, to save memory."""
-        parts = (latents.to(self.device, torch.float32) / self.scale).split(8)
-        return torch.cat([to_uint8(self.net.decode(part).sample) for part in parts])
-
-
-def decoder(encoding, device):
-    """A function from samples x_0 to uint8 images (n, 3, H, W): of pixels where encoding is None, else of latents."""
-    return Autoencoder(encoding["autoencoder"], device, encoding["scale"]).decode if encoding else to_uint8
-
-
-class TextEncoder:
-    """CLIP's text model, frozen: captions -> last hidden states (n, tokens, width) float32, all cut or padded to 77."""
-
-    def __init__(self, name=CLIP, device="cpu"):
-        self.tokenizer = pretrained("transformers", "CLIPTokenizer", name)
-        net = pretrained("transformers", "CLIPTextModel", name)
-        self.net = net.to(device).float().requires_grad_(False).eval()
-        self.device, self.tokens = device, net.config.max_position_embeddings
-        if len(self.tokenizer) < net.config.vocab_size:     # transformers makes an empty one where there are no files
-            raise ValueError(f"{name}: lacks the tokenizer of its text model (tokenizer.json)")
-
-    def __call__(self, captions):
-        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.tokens,
-                                return_tensors="pt")
-        return self.net(input_ids=tokens.input_ids.to(self.device)).last_hidden_state
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# python data.py encode
-
-
-def read_captions(path, root):
-    """A JSON file of captions -> (image files below root, sorted; the first caption of each, (N + 1,); captions).
-
-    As COCO's ("images" with id and file_name, "annotations" with image_id and caption), or {file name: [caption, ..]}.
+    interrupted   what to say after ctrl-C, SIGTERM or SIGHUP (a closed terminal)
+    A reader that has read enough (`| head -1`) ends it quietly.
     """
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]     # as nohup does
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        content = json.loads(Path(path).read_text())
-        if "annotations" in content:
-            names = {image["id"]: image["file_name"] for image in content["images"]}
-            pairs = [(names[caption["image_id"]], caption["caption"]) for caption in content["annotations"]]
-        else:
-            pairs = [(name, text) for name, texts in content.items() for text in [] + texts]    # a str is no list
-        names, captions = zip(*sorted(pairs, key=lambda pair: pair[0]))
-        if {type(text) for text in names + captions} != {str}:
-            raise ValueError("names and captions must be text")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--captions {path}: not a file of captions, neither COCO's nor {{file name: [caption, ..]}} "
-                         f"({type(error).__name__}: {one_line(error)})") from None
-    names, first = np.unique(names, return_index=True)
-    files = [Path(root) / str(name) for name in names]
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]}: no such image, but {path} has captions for it ({len(missing)} of "
-                                f"{len(files)} are missing)")
-    return files, np.append(first, len(captions)), captions
-
-
-def write_rows(path, first, rows):
-    """Put an array (n, ..) into a .npy file of its type, from row `first` on; it is on the disk when this returns.
-
-    Written, not mapped: what is beside it on a page may be another process's, on another machine; and a full disk is
-    an OSError, not the end of the process. Raises ValueError where the rows are of another shape.
-    """
-    array = np.load(path, mmap_mode="r")
-    if array.shape[1:] != rows.shape[1:]:
-        raise ValueError(f"{path}: made for rows of shape {array.shape[1:]}, not {rows.shape[1:]}")
-    with open(path, "r+b") as file:
-        file.seek(array.offset + first * rows[0].nbytes)    # after the header
-        file.write(rows.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_missing(path, rows_of, batch_size, rank, world):
-    """Fill this process's batches of rows of a .npy file, but those marked in <name>_done.npy.
-
-    rows_of(spans) yields a tensor for each span (first, end) in turn. Rows are on the disk before they are marked, so
-    a process killed at any moment has lost no more than the batch it was in.
-    """
-    marks = path.with_name(f"{path.stem}_done.npy")
-    done = np.load(marks)
-    spans = [(first, min(first + batch_size, len(done))) for first in range(0, len(done), batch_size)]
-    mine = [(first, end) for first, end in spans[rank::world] if not done[first:end].all()]
-    with tqdm(total=len(done), initial=int(done.sum()), desc=path.stem, unit="row", disable=rank > 0,
-              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
-        for (first, end), rows in zip(mine, rows_of(mine)):
-            if not rows.isfinite().all():
-                raise ValueError(f"{path}: rows from {first} on are not finite in {rows.dtype}; use --type float32")
-            write_rows(path, first, rows.cpu().numpy())
-            write_rows(marks, first, np.ones(end - first, done.dtype))
-            bar.update(int(np.load(marks).sum()) - bar.n)       # of all processes
-
-
-def begin(out, encoding, arrays, shapes):
-    """Make the files of an encoding: `arrays` whole, and those of `shapes` empty, to be filled by write_missing.
-
-    Raises ValueError where they are there already, but of other settings or images.
-    """
-    if (out / "encoding.json").exists():
-        before = read_encoding(out)
-        changed = [key for key in encoding if before.get(key) != encoding[key]]
-        if changed:
-            raise ValueError(f"{out}: begun with other {', '.join(changed)}; give another --out, or remove this one")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    for name, shape in shapes.items():
-        np.lib.format.open_memmap(out / f"{name}.npy", "w+", encoding["type"], shape)
-        np.save(out / f"{name}_done.npy", np.zeros(shape[0], np.uint8))
-    for name, array in arrays.items():
-        np.save(out / f"{name}.npy", array)
-    (out / "encoding.tmp").write_text(json.dumps(encoding, indent=2) + "\n")
-    os.replace(out / "encoding.tmp", out / "encoding.json")     # last: where it is, all the others are
-
-
-def encode(args):
-    """Images -> a folder that `load` reads. Several processes (torchrun) share the work; a killed run continues.
-
-    moments.npy    (N, 2, 2C, h, w): for image and mirror, C means and C log variances of the autoencoder
-    labels.npy     (N,) int64, where the images lie in class folders
-    text.npy       (M, tokens, width): CLIP's features of all captions
-    captions.npy   (N + 1,) int64: captions[i] to captions[i + 1] are the rows of text that belong to image i
-    null.npy       (tokens, width): the features of the empty string
-    .._done.npy    which rows of moments and text are written
-    encoding.json  autoencoder, scale, clip, image_size, type, count (N), shape (C, h, w), text (tokens, width) or null,
-                   class_names, and files, a checksum of all file names and captions
-    """
-    if min(args.image_size, args.batch_size) < 1 or args.workers < 0:
-        raise ValueError("--image-size and --batch-size must be at least 1, --workers at least 0")
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found; start "
-                             "fewer processes, or use --device cpu")
-        torch.cuda.set_device(local)
-    labels, names, captions = None, (), ()
-    if args.captions:
-        files, index, captions = read_captions(args.captions, args.images)
-    else:
-        files, labels, names = list_images(args.images)
-    content = json.dumps([[str(file.relative_to(args.images)) for file in files], captions])
-
-    autoencoder, clip = (str(Path(name).resolve()) if Path(name).is_dir() else name
-                         for name in (args.autoencoder, args.clip))
-    vae = Autoencoder(autoencoder, device)
-    text = TextEncoder(clip, device) if captions else None
-    dtype = getattr(torch, args.type)
-    shape = vae.moments(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1:]
-    if args.image_size % shape[-1]:
-        raise ValueError(f"--image-size {args.image_size}: latents of {shape[-1]} would decode to another size")
-    arrays, shapes = {"labels": labels} if names else {}, {"moments": (len(files), 2, *shape)}
-    if captions:
-        arrays = {"captions": index, "null": text([""])[0].to(dtype).cpu()}
-        shapes["text"] = (len(captions), *arrays["null"].shape)
-    encoding = dict(
-        autoencoder=autoencoder, scale=args.scale, clip=clip if captions else None, image_size=args.image_size,
-        type=args.type, count=len(files), shape=[shape[0] // 2, *shape[1:]],
-        text=list(shapes["text"][1:]) if captions else None, class_names=list(names),
-        files=hashlib.sha256(content.encode()).hexdigest())
-    out = Path(args.out)
-    if rank == 0:
-        begin(out, encoding, arrays, shapes)
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-        dist.barrier()
-
-    def moments_rows(spans):
-        images = ImagesOnDisk(files, None, (), args.image_size, read_image)
-        order = [np.array([(i, 0) for i in range(first, end)]) for first, end in spans]
-        for x, _ in images.batches(order, device, args.workers):
-            yield torch.stack([vae.moments(x), vae.moments(x.flip(-1))], dim=1).to(dtype)
-
-    def text_rows(spans):
-        for first, end in spans:
-            yield text(captions[first:end]).to(dtype)
-
-    write_missing(out / "moments.npy", moments_rows, args.batch_size, rank, world)
-    if captions:
-        write_missing(out / "text.npy", text_rows, args.batch_size, rank, world)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank == 0:
-        print(f"{out}: {len(files)} images as latents {tuple(encoding['shape'])}, {len(names) or 'no'} classes, "
-              f"{len(captions) or 'no'} captions")
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p = parser.add_subparsers(required=True, metavar="encode").add_parser(
-        "encode", help="images -> latents, captions -> text features (see encode --help)",
-        description="Images -> a folder of latents, and of labels or text features, that --data takes. Processes of "
-        "torchrun share the work. Interrupted, the same command continues.")
-    add = p.add_argument
-    add("--images", required=True, metavar="FOLDER", help="flat, or one folder for each class")
-    add("--out", required=True, metavar="FOLDER", help="data/<name> is where --data <name> looks (imagenet256, ..)")
-    add("--image-size", type=int, default=256, metavar="PIXELS", help="default 256")
-    add("--captions", metavar="JSON", help="COCO's captions_train2014.json, or a file of {file name: [caption, ..]}")
-    add("--autoencoder", default=AUTOENCODER, metavar="NAME_OR_FOLDER", help=f"default {AUTOENCODER}")
-    add("--scale", type=float, default=SCALE, help=f"of the latents (default {SCALE}; U-ViT on MS-COCO: 0.23010)")
-    add("--clip", default=CLIP, metavar="NAME_OR_FOLDER", help=f"text encoder (default {CLIP})")
-    add("--type", choices=["float16", "float32"], default="float16", help="in the files (default float16)")
-    add("--batch-size", type=int, default=32, metavar="N", help="images at a time on each process (default 32)")
-    add("--workers", type=int, default=4, metavar="N", help="reading processes of each process (default 4)")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda if there is one")
-    encode(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
-        sys.exit(f"data.py: {error}")
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # else Python complains as it ends
+        sys.exit(1)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f"{script}: {one_line(error, None) or 'out of memory'}")
     except KeyboardInterrupt:
-        sys.exit("data.py: stopped; the same command continues")
+        sys.exit(f"{script}: {interrupted}")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
