@@ -1,10 +1,10 @@
-"""DiT: a plain Vision Transformer, told of time and class through its norms, as a diffusion backbone.
+"""DiT: a plain Vision Transformer, conditioned on time and class through its norms, as a diffusion backbone.
 
     Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, arXiv:2212.09748
 
 The image (or latent) is cut into patches, each patch is a token, and a stack of equal blocks works on the tokens. Time
-and class meet in one vector c, from which every block regresses the shift, scale and gate of its two branches. This
-regression starts at zero, so that every block starts as the identity (adaLN-Zero):
+and class are added into one vector c. A Linear layer of each block maps c to the shift, scale and gate of its two
+branches. This layer starts at zero, so every block starts as the identity (adaLN-Zero):
 
     x -> patches + fixed positions                         t, y -> c = MLP(sinusoids(t)) + table[y]
     depth times:  (shift1, scale1, gate1, shift2, scale2, gate2) = Linear(SiLU(c))
@@ -15,8 +15,8 @@ regression starts at zero, so that every block starts as the identity (adaLN-Zer
     model = MODELS["dit_xl2"](image_size=32, num_classes=1000)   # ImageNet 256: 675.13 M parameters, 118.6 GMACs
     noise, v = model(x, t, y).chunk(2, dim=1)                    # x (N, 4, 32, 32), t (N,) in 0..999, y (N,) int64
 
-This file needs torch alone and can be copied out. Names of parameters are those of the released checkpoints, which load
-with strict=True; test_all.py compares outputs with the released code (relative error below 1e-5).
+This file imports only torch and can be copied into another project. The parameters have the names of the released
+checkpoints, which load with strict=True. test_all.py compares outputs with the released code's (relative error < 1e-5).
 """
 import math
 
@@ -72,7 +72,7 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, (N, L, D) -> (N, L, D): softmax(q k^T / sqrt(D / H)) v for each of H heads.
 
-    The fused kernel never holds the L x L matrix, and runs in the type that autocast gave to q, k and v.
+    The fused kernel never stores the L x L matrix. It computes in the type that autocast gave q, k and v.
     """
 
     def __init__(self, width, heads):
@@ -100,7 +100,7 @@ class MLP(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """What adaLN does to a normed x (N, L, D): (1 + scale) x + shift, in one pass over x; shift and scale (N, 1, D)."""
+    """Apply adaLN's shift and scale, (N, 1, D), to a normalised x (N, L, D): (1 + scale) x + shift, in one pass."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -108,15 +108,15 @@ class Block(nn.Module):
     """One pre-norm Transformer block, x (N, L, D) -> (N, L, D), in one of the paper's four designs (counts: DiT-XL/2).
 
     "adaln_zero": shift, scale and gate of both branches come from the condition c (N, D); 675.1 M, 118.6 GMACs.
-    "adaln": shift and scale do, there is no gate; 600.7 M, 118.5 GMACs.
-    "cross": a third branch between the two attends to the condition, a sequence c (N, T, D); 598.3 M, 137.6 GMACs.
-    "in_context": a standard block. The condition is among the tokens, and c is not used; 449.5 M, 119.4 GMACs.
+    "adaln": shift and scale come from c, and there is no gate; 600.7 M, 118.5 GMACs.
+    "cross": a third branch, between the two, attends to the condition, a sequence c (N, T, D); 598.3 M, 137.6 GMACs.
+    "in_context": a standard block that does not use c, because c is among the tokens; 449.5 M, 119.4 GMACs.
     """
 
     def __init__(self, width, heads, mlp_ratio, design):
         super().__init__()
         self.design = design
-        affine = design in ("cross", "in_context")                          # c brings no shift and scale: learn them
+        affine = design in ("cross", "in_context")                          # without shift and scale from c
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
         self.attn = Attention(width, heads)
         self.norm_cross = nn.LayerNorm(width, eps=1e-6) if design == "cross" else None
@@ -142,7 +142,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches, (N, L, D) -> (N, L, outputs): norm (adaptive, by c (N, D), in the adaLN designs), Linear."""
+    """Map tokens to patches, (N, L, D) -> (N, L, outputs): LayerNorm (adaptive in the adaLN designs), then Linear."""
 
     def __init__(self, width, outputs, design):
         super().__init__()
@@ -159,27 +159,26 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The DiT network: predicts the noise in x_t and, with learn_sigma, the variance of a denoising step.
+    """The DiT network. It predicts the noise in x_t and, with learn_sigma, the variance of a denoising step.
 
     image_size    int, or (height, width), in pixels or latent cells; each a multiple of patch_size
-    in_channels   C of the input, and of the noise
-    patch_size    p: there are H/p * W/p tokens
+    in_channels   C, the channels of the input and of the noise
+    patch_size    p; there are H/p * W/p tokens
     width         D, the length of a token; a multiple of 4 (positions: sine and cosine, column and row)
     depth         number of blocks
-    heads         H; D must be a multiple of it
-    mlp_ratio     hidden width of the MLPs, over D
+    heads         number of attention heads; D must be a multiple of it
+    mlp_ratio     hidden width of the MLPs, divided by D
     num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes)
-    null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
-    learn_sigma   C more channels, v: a step has log variance u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
-    block         how the blocks learn time and class: "adaln_zero" (the paper's best), "adaln", "cross" (they attend
-                  to t and y), "in_context" (t and y are two more tokens)
-    checkpoint    k: recompute the activations of every k-th block in the backward pass (True: of every block): less
-                  memory, more time
+    null_class    add a row, index num_classes, to the label table: the null label of classifier-free guidance
+    learn_sigma   add C output channels, v: a step's log variance is u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
+    block         how the blocks receive time and class: "adaln_zero" (the paper's best), "adaln", "cross" (they
+                  attend to t and y), "in_context" (t and y are two more tokens)
+    checkpoint    k: the backward pass recomputes the activations of every k-th block (True: all): less memory, slower
 
-    Raises ValueError where these do not fit together.
+    Raises ValueError if the arguments do not fit together.
     """
 
-    def __init__(self, image_size=32, in_channels=4, patch_size=2, width=384, depth=12, heads=6, mlp_ratio=4,
+    def __init__(self, image_size=32, in_channels=4, patch_size=2, width=384, depth=12, heads=6, mlp_ratio=4.0,
                  num_classes=0, null_class=True, learn_sigma=True, block="adaln_zero", checkpoint=False):
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -198,7 +197,7 @@ class DiT(nn.Module):
         self.block = block
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, width)
-        self.register_buffer("pos_embed", position_table(self.grid, width))     # fixed, but in the published counts
+        self.register_buffer("pos_embed", position_table(self.grid, width))     # not trained; the papers count it
         mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.t_embedder = nn.ModuleDict({"mlp": mlp})
         table = nn.Embedding(self.label_rows, width) if num_classes else None
@@ -210,10 +209,10 @@ class DiT(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier uniform; normal (0.02) for time and labels; zero for biases, the last Linear and adaLN-Zero's."""
+        """Xavier uniform; normal (0.02) for time and labels; zero for biases, the last Linear and adaLN-Zero."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))           # patches: a Linear, in effect
+                nn.init.xavier_uniform_(module.weight.flatten(1))           # the patch embedding as a Linear layer
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -225,7 +224,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # Positions follow from image_size, not from training: keep this model's, so that checkpoints of any size load.
+        # Positions depend on image_size, not on training. This model keeps its own, so checkpoints of any size load.
         if prefix + "pos_embed" in state_dict:
             state_dict[prefix + "pos_embed"] = position_table(self.grid, self.width)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -250,13 +249,13 @@ class DiT(nn.Module):
         return unpatchify(x, self.grid, self.patch_size)                    # (N, 2C, H, W)
 
     def run(self, block, *inputs):
-        """block(*inputs), its activations kept or else recomputed in the backward pass (it draws no random numbers)."""
+        """Return block(*inputs). A block with gradient checkpointing runs again in the backward pass."""
         if block.recomputed:
-            return recompute(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return recompute(block, *inputs, use_reentrant=False, preserve_rng_state=False)    # no random numbers
         return block(*inputs)
 
     def check(self, x, t, y):
-        """Raise ValueError, in one line, where forward is given what the model was not built for."""
+        """Raise ValueError, in one line, if the model was not built for these inputs."""
         n, expected = x.shape[0], (self.in_channels, *self.image_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"DiT: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
@@ -273,12 +272,12 @@ def describe(y):
 
 
 def preset(**size):
-    """A function of overrides that builds a DiT of this size; an argument that DiT does not know raises TypeError."""
+    """A function that builds a DiT of this size, with overrides. An argument unknown to DiT raises TypeError."""
     return lambda **overrides: DiT(**{**size, **overrides})
 
 
 # Table 1 of the paper, each size with three patch sizes: name -> function(**overrides) -> DiT.
-# On the right, M parameters with patches of 2 x 2, and GMACs of an image with 2 x 2, 4 x 4 and 8 x 8 (ImageNet 256).
+# Right: M parameters for 2 x 2 patches, and GMACs per image for 2 x 2, 4 x 4 and 8 x 8 patches (ImageNet 256).
 SIZES = {
     "s": dict(width=384, depth=12, heads=6),                                # 32.96 M; 6.06, 1.41, 0.36 GMACs
     "b": dict(width=768, depth=12, heads=12),                               # 130.51 M; 23.01, 5.57, 1.42 GMACs

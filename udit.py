@@ -2,9 +2,8 @@
 
     Tian et al., "U-DiTs: Downsample Tokens in U-Shaped Diffusion Transformers", NeurIPS 2024, arXiv:2405.02730
 
-There are no patches: each latent cell (or pixel) is a token, and data are channels-last, (N, H, W, D). Attention cuts
-the grid into its four interleaved subgrids, even and odd rows by even and odd columns, and each attends to itself
-alone, at a quarter of the cost:
+There are no patches: each latent cell (or pixel) is a token. Attention splits the grid of tokens (N, H, W, D) into four
+subgrids (even or odd rows, even or odd columns), and each attends to itself alone, at a quarter of the cost:
 
     x -> 3x3 conv -> encoder_level_1 -----------------> decoder_level_1 -> head -> noise, variance     H   x W
                        encoder_level_2 -----------> decoder_level_2                                    H/2 x W/2
@@ -12,10 +11,10 @@ alone, at a quarter of the cost:
 
     model = MODELS["udit_s"](image_size=32, num_classes=1000)   # ImageNet 256: 58.90 M parameters
     noise, v = model(x, t, y).chunk(2, dim=1)                   # x (N, 4, 32, 32), t (N,) in 0..999, y (N,) int64
-    fast = model.fold()             # the same function for inference: 52.05 M parameters, 6.02 GMACs an image
+    fast = model.fold()             # the same function for inference: 52.05 M parameters, 6.02 GMACs for one image
 
-This file needs torch alone and can be copied out. Names of parameters are those of the released checkpoints, which load
-with strict=True; test_all.py compares outputs with the released code (relative error below 1e-5).
+This file imports only torch and can be copied into another project. The parameters have the names of the released
+checkpoints, which load with strict=True. test_all.py compares outputs with the released code's (relative error < 1e-5).
 """
 import copy
 import math
@@ -25,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
+
+exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)    # torch 2.6 has only the second
 
 
 def timestep_embedding(t, width):
@@ -50,31 +51,34 @@ def rotary_table(grid, d, step=1):
 
 
 def rotate(x, table):
-    """Turn every two adjacent channels (a, b) of x (N, heads, L, d) to (a + ib) exp(i angle), with table (L, d)."""
-    x, table = x.unflatten(-1, (-1, 2)), table.unflatten(-1, (-1, 2))
-    if not torch.compiler.is_compiling():                                   # the compiler fuses real numbers only
-        return torch.view_as_real(torch.view_as_complex(x.to(table.dtype)) * torch.view_as_complex(table)).flatten(-2)
-    (a, b), (cosine, sine) = x.unbind(-1), table.unbind(-1)
-    return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2)
+    """Multiply each pair of adjacent channels, a + ib, of x (N, heads, L, d) by exp(i angle), from table (L, d)."""
+    dtype = torch.promote_types(table.dtype, torch.float32)                 # bfloat16 has no complex numbers
+    pairs, turns = x.to(dtype).unflatten(-1, (-1, 2)), table.to(dtype).unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():                                   # the compiler fuses only real numbers
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    else:
+        (a, b), (cosine, sine) = pairs.unbind(-1), turns.unbind(-1)
+        turned = torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def modulate(x, shift, scale):
-    """What adaLN does to x (N, H, W, D): (1 + scale) LayerNorm(x) + shift; shift and scale (N, 1, 1, D)."""
+    """Adaptive LayerNorm of x (N, H, W, D): (1 + scale) LayerNorm(x) + shift; shift and scale are (N, 1, 1, D)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def linear(x, conv):
-    """A 1x1 convolution as a matrix product, x (..., in) -> (..., out)."""
+    """Apply a 1x1 convolution as a matrix product, x (..., in) -> (..., out)."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def spatial(function, x):
-    """A function of (N, D, H, W) on x (N, H, W, D), as a view: convolutions keep this layout, and nothing is copied."""
+    """Apply a function of (N, D, H, W) to x (N, H, W, D). Convolutions keep this memory layout: nothing is copied."""
     return function(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
 class Pointwise(nn.ModuleList):
-    """1x1 convolutions one after the other, widths[0] -> ... -> widths[-1] channels; two equal one, W = W_2 W_1."""
+    """A chain of 1x1 convolutions, widths[0] -> ... -> widths[-1] channels. Two are equal to one with W = W_2 W_1."""
 
     def __init__(self, *widths):
         super().__init__(nn.Conv2d(i, o, kernel_size=1) for i, o in zip(widths, widths[1:]))
@@ -87,7 +91,8 @@ class Pointwise(nn.ModuleList):
         return weight[:, :, None, None], bias
 
     def forward(self, x):
-        if x[..., 0].numel() > max(x.shape[-1], len(self[-1].weight)):      # tokens enough to repay the merging
+        # Merging pays if tokens outnumber channels. An exported program must not depend on the size of the batch.
+        if exporting() or x[..., 0].numel() > max(x.shape[-1], len(self[-1].weight)):
             weight, bias = self.merge()
             return F.linear(x, weight.flatten(1), bias)
         for conv in self:
@@ -96,11 +101,11 @@ class Pointwise(nn.ModuleList):
 
 
 class Depthwise(nn.ModuleDict):
-    """Sum of depthwise convolutions {name: size} and, if shortcut, the identity; equal to one with the kernels' sum."""
+    """Depthwise convolutions {name: size} of x, and x itself if shortcut, summed: one convolution, kernels summed."""
 
     def __init__(self, width, sizes, shortcut):
         super().__init__({name: nn.Conv2d(width, width, kernel_size=k, groups=width) for name, k in sizes.items()})
-        self.shortcut = shortcut
+        self.shortcut, self.padding, self.width = shortcut, max(sizes.values()) // 2, width
 
     def merge(self):
         first, *others = self.values()
@@ -111,17 +116,17 @@ class Depthwise(nn.ModuleDict):
 
     def forward(self, x):
         weight, bias = self.merge()
-        return spatial(lambda z: F.conv2d(z, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)), x)
+        return spatial(lambda z: F.conv2d(z, weight, bias, padding=self.padding, groups=self.width), x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of a grid, x (N, H, W, D) -> (N, H, W, D), d = D / heads; the choices are UDiT's."""
+    """Multi-head self-attention of a grid, x (N, H, W, D) -> (N, H, W, D), d = D / heads. UDiT explains the options."""
 
     def __init__(self, width, grid, heads, downsample, downsampler, cosine, rotary):
         super().__init__()
         self.heads, self.downsample, self.rotary = heads, downsample, rotary
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0))) if cosine else None
-        if downsample == "kv":                                              # one key and one value for 2 x 2 tokens
+        if downsample == "kv":                                              # one key and one value per 2 x 2 tokens
             self.to_q, self.to_kv = nn.Linear(width, width), nn.Linear(4 * width, 2 * width)
         else:
             self.to_qkv = nn.Linear(width, 3 * width)                       # rows ordered (q k v, head, channel)
@@ -131,7 +136,7 @@ class Attention(nn.Module):
         if rotary:
             half, d = [side // 2 for side in grid], width // heads
             queries = rotary_table(half if downsample == "tokens" else grid, d)
-            keys = rotary_table(half, d, step=2) if downsample == "kv" else queries
+            keys = rotary_table(half, d, step=2) if downsample == "kv" else queries.clone()     # no sharing: jit.trace
             self.register_buffer("queries", queries, persistent=False)
             self.register_buffer("keys", keys, persistent=False)
 
@@ -150,15 +155,15 @@ class Attention(nn.Module):
             q, k = rotate(q, self.queries), rotate(k, self.keys)
         out = F.scaled_dot_product_attention(q, k, v, scale=None if self.logit_scale is None else 1.0)
         out = out.transpose(1, 2).flatten(2)                                # (4N, L/4, D)
-        if self.downsample == "tokens":                                     # put the parts back: (N, H/2, 2, W/2, 2, D)
+        if self.downsample == "tokens":                                     # parts to the grid: (N, H/2, 2, W/2, 2, D)
             out = out.unflatten(0, (-1, 2, 2)).unflatten(3, (x.shape[1] // 2, -1)).permute(0, 3, 1, 4, 2, 5)
         return linear(out.reshape(x.shape), self.to_out)                    # (N, H, W, D)
 
 
 class Block(nn.Module):
-    """Two pairs of attention and FFN, each adaLN-Zero, x += gate f((1 + scale) LayerNorm(x) + shift), on (N, H, W, D).
+    """Two pairs of attention and FFN on (N, H, W, D), all adaLN-Zero: x += gate f((1 + scale) LayerNorm(x) + shift).
 
-    FFN: 1x1 convolution D -> 2D, exact GELU, depthwise 5x5 convolution if ffn_conv, 1x1 convolution 2D -> D.
+    The FFN is a 1x1 convolution D -> 2D, exact GELU, a depthwise 5x5 convolution (if ffn_conv), a 1x1 one 2D -> D.
     """
 
     def __init__(self, width, attention, ffn_conv, reparam):
@@ -182,27 +187,26 @@ class Block(nn.Module):
 
 
 class UDiT(nn.Module):
-    """The U-DiT network: predicts the noise in x_t and, with learn_sigma, the variance of a denoising step.
+    """The U-DiT network. It predicts the noise in x_t and, with learn_sigma, the variance of a denoising step.
 
     image_size    int, or (height, width), in pixels or latent cells; each a multiple of 8
-    in_channels   C of the input, and of the noise
-    width         D; the five stages are D, 2D, 4D, 2D, 2D wide
-    depths        blocks of the five stages; a block is two pairs of attention and FFN
-    heads         of every attention; D must be a multiple of it
+    in_channels   C, the channels of the input and of the noise
+    width         D; the five stages have D, 2D, 4D, 2D, 2D channels
+    depths        number of blocks in each of the five stages; a block is two pairs of attention and FFN
+    heads         number of attention heads; D must be a multiple of it
     num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes)
-    null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
-    learn_sigma   C more channels, v: a step has log variance u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
-    downsample    "tokens": attention in four subgrids (the paper's); "kv": of all tokens to 2 x 2 cells; "none": of all
-                  tokens to all. DiT-UNet is downsample="none" and VANILLA
-    downsampler   before that: "shortcut", x plus a depthwise convolution of it; "conv", without x; "shuffle", nothing
-    cosine        trick 1: cosine attention with a learned scale, or scaled dot products
-    rotary        trick 2: 2-d rotary positions, or none
-    ffn_conv      trick 3: a depthwise convolution in the FFN, or none
-    reparam       trick 4: in the FFN each 1x1 is two in a row, the 5x5 is 5x5 + 3x3 + 1x1 + identity; or plain
-    checkpoint    k: recompute the activations of every k-th block in the backward pass (True: of every block): less
-                  memory, more time
+    null_class    add a row, index num_classes, to the label table: the null label of classifier-free guidance
+    learn_sigma   add C output channels, v: a step's log variance is u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
+    downsample    "tokens": each of four subgrids attends to itself (the paper); "kv": all tokens attend to cells of
+                  2 x 2 tokens; "none": all tokens attend to all. DiT-UNet is downsample="none" with VANILLA
+    downsampler   what precedes it: "shortcut", x plus a depthwise convolution of x; "conv", only that; "shuffle", x
+    cosine        trick 1: cosine attention with a learned scale; False: scaled dot products
+    rotary        trick 2: 2-d rotary positions; False: no positions
+    ffn_conv      trick 3: a depthwise convolution in the FFN; False: none
+    reparam       trick 4: in the FFN, two 1x1 convolutions for one, and 5x5 + 3x3 + 1x1 + identity for the 5x5
+    checkpoint    k: the backward pass recomputes the activations of every k-th block (True: all): less memory, slower
 
-    Raises ValueError where these do not fit together.
+    Raises ValueError if the arguments do not fit together.
     """
 
     def __init__(self, image_size=32, in_channels=4, width=96, depths=(2, 5, 8, 5, 2), heads=4, num_classes=0,
@@ -220,20 +224,19 @@ class UDiT(nn.Module):
         ]:
             if wrong:
                 raise ValueError(f"UDiT: {message}")
-        self.in_channels = in_channels
-        self.label_rows = num_classes + null_class if num_classes else 0
+        self.in_channels, self.label_rows = in_channels, (num_classes + null_class if num_classes else 0)
         attention = dict(heads=heads, downsample=downsample, downsampler=downsampler, cosine=cosine, rotary=rotary)
 
         def stage(depth, times, shrink):                                    # times * D wide, H/shrink x W/shrink
-            choices = {"grid": [side // shrink for side in self.image_size], **attention}
-            return nn.ModuleList(Block(times * width, choices, ffn_conv, reparam) for _ in range(depth))
+            options = {"grid": [side // shrink for side in self.image_size], **attention}
+            return nn.ModuleList(Block(times * width, options, ffn_conv, reparam) for _ in range(depth))
 
-        def resample(d, out):                                               # 2 x 2 tokens into channels, or back
+        def resample(d, out):                                               # 2 x 2 tokens to one, or one to 2 x 2
             conv = nn.Conv2d(d, out, kernel_size=3, padding=1, bias=False)
             return nn.ModuleDict({"body": nn.Sequential(conv, nn.PixelUnshuffle(2) if out < d else nn.PixelShuffle(2))})
 
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, kernel_size=3, padding=1)})
-        for i, d in (1, width), (2, 2 * width), (3, 4 * width):             # conditions, for each width its own
+        for i, d in (1, width), (2, 2 * width), (3, 4 * width):             # one embedding for each width
             mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
             self.add_module(f"t_embedder_{i}", nn.ModuleDict({"mlp": mlp}))
             table = nn.ModuleDict({"embedding_table": nn.Embedding(self.label_rows, d)}) if num_classes else None
@@ -253,15 +256,14 @@ class UDiT(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """As DiT: Xavier for Linear and stem, normal (0.02) for conditions, zero for their biases, adaLN and head."""
+        """Xavier uniform; normal (0.02) for time and labels; zero for biases, adaLN and head; logit_scale is set."""
         for name, p in self.named_parameters():
-            dense = "to_q" in name or "to_kv" in name or "embedder" in name
-            if "adaLN" in name or "final_layer" in name or dense and p.ndim == 1:
+            if p.ndim == 1 or "adaLN" in name or "final_layer" in name:
                 nn.init.zeros_(p)
-            elif "embedder_" in name:                                       # t_embedder_1, y_embedder_1, ...
+            elif "t_embedder" in name or "y_embedder" in name:
                 nn.init.normal_(p, std=0.02)
-            elif dense:
-                nn.init.xavier_uniform_(p.data.flatten(1))
+            elif "logit_scale" not in name:                                 # the stem as a Linear layer, as released
+                nn.init.xavier_uniform_(p.data.flatten(1) if "x_embedder" in name else p)
 
     def forward(self, x, t, y=None):
         """x (N, C, H, W), t (N,) DDPM index in 0..999, y None | (N,) int64 -> (N, 2C, H, W), or (N, C, H, W)."""
@@ -284,18 +286,16 @@ class UDiT(nn.Module):
         return self.final_layer.out_proj(x).contiguous()                    # (N, 2C, H, W)
 
     def run(self, blocks, x, c):
-        """The blocks of a stage, on x in the type of c, which is that of the network's input, even under autocast."""
+        """Run the blocks of a stage on x, in the type of c: that of the network's input, also under autocast."""
         x = x.to(c.dtype)
-        for block in blocks:
-            if block.recomputed:                                            # in the backward pass; draws nothing random
-                x = recompute(block, x, c, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, c)
+        for block in blocks:                                                # a block draws no random numbers
+            keep = not block.recomputed
+            x = block(x, c) if keep else recompute(block, x, c, use_reentrant=False, preserve_rng_state=False)
         return x
 
     @torch.no_grad()
     def fold(self):
-        """A copy for inference, its convolutions merged in float64; UDiT(reparam=False, downsampler="conv") fits it."""
+        """A copy with merged convolutions (in float64). UDiT(reparam=False, downsampler="conv") loads its weights."""
         network = copy.deepcopy(self)
         for module in list(network.modules()):
             if isinstance(module, (Pointwise, Depthwise)):
@@ -308,7 +308,7 @@ class UDiT(nn.Module):
         return network
 
     def check(self, x, t, y):
-        """Raise ValueError, in one line, where forward is given what the model was not built for."""
+        """Raise ValueError, in one line, if the model was not built for these inputs."""
         n, expected = x.shape[0], (self.in_channels, *self.image_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"UDiT: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
@@ -325,12 +325,12 @@ def describe(y):
 
 
 def preset(**size):
-    """A function of overrides that builds a UDiT of this size; an argument that UDiT does not know raises TypeError."""
+    """A function that builds a UDiT of this size, with overrides. An argument unknown to UDiT raises TypeError."""
     return lambda **overrides: UDiT(**{**size, **overrides})
 
 
-# The paper's sizes, with the released code's settings: name -> function(**overrides) -> UDiT.
-# On the right, M parameters, and M parameters and GMACs of an image after fold() (ImageNet 256).
+# The paper's sizes: name -> function(**overrides) -> UDiT.
+# Right: M parameters; then M parameters and GMACs for one image after fold() (ImageNet 256).
 VANILLA = dict(cosine=False, rotary=False, ffn_conv=False, reparam=False)   # MODELS["udit_s"](**VANILLA): no tricks
 MODELS = {
     "udit_tiny": preset(width=32, depths=(1, 1, 1, 1, 1), heads=4),         # learns data "shapes" on a laptop CPU

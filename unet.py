@@ -1,25 +1,25 @@
-"""U-Net: the convolutional diffusion backbone, which the transformers of this project are compared with.
+"""U-Net: the convolutional diffusion backbone, to which the papers of this project compare their transformers.
 
     Ho et al., "Denoising Diffusion Probabilistic Models", NeurIPS 2020, arXiv:2006.11239
     Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (IDDPM), ICML 2021, arXiv:2102.09672
     Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis" (ADM), NeurIPS 2021, arXiv:2105.05233
     Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (LDM), CVPR 2022, arXiv:2112.10752
 
-Residual blocks of 3x3 convolutions work on an image that is halved level by level, then doubled back. The stem and
-every layer of the encoder remember their output, and the decoder receives each back at its own resolution, last in,
-first out. Time and class meet in one vector c, which scales and shifts a norm in every block; where the image is small
-enough, its cells also attend to one another, and to the text:
+Residual blocks of 3x3 convolutions work on an image whose sides are halved level by level, then doubled again. The stem
+and every layer of the encoder store their outputs, and the decoder receives them at the same resolution, last in, first
+out. Time and class are added into one vector c, which scales and shifts a norm in every block. At the lower resolutions
+the cells of the image also attend to one another, and to the text:
 
     x -> stem -> encoder ----------------------------> decoder -> norm, SiLU, conv -> noise       H   x W
                    down -> encoder ---------------> decoder -> up                                 H/2 x W/2
                              down -> encoder ---> decoder -> up                                   H/4 x W/4
                                          middle                    t, y -> c = MLP(sinusoids(t)) + table[y]
 
-    model = MODELS["unet_cifar"](image_size=32, in_channels=3)  # CIFAR10: 52.53 M parameters, 8.4 GMACs an image
-    noise = model(x, t)                                         # x (N, 3, 32, 32), t (N,) the network's time
+    model = MODELS["unet_cifar"](image_size=32, in_channels=3)  # CIFAR10: 52.53 M parameters, 8.4 GMACs per image
+    noise = model(x, t)                                         # x (N, 3, 32, 32), t (N,): 0..999 for DDPM
 
-This file needs torch alone and can be copied out. It is our own reading of the papers, without dropout; test_all.py
-holds its counts to the published ones. Names of parameters are its own: no released checkpoint loads.
+This file imports only torch and can be copied into another project. It was written from the papers, without dropout.
+test_all.py compares its counts with the published ones. No released checkpoint loads: the parameters' names differ.
 """
 import math
 from functools import partial
@@ -46,30 +46,30 @@ def conv3(width, out, stride=1):
 
 
 def zero(layer):
-    """The same layer with weights of zero: the last of a branch, so that a new network adds nothing to its input."""
+    """Set the layer's weights to zero and return it. It ends a branch, which then adds nothing in a new network."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def group_norm(width):
-    """GroupNorm of 32 groups, or of groups of four channels where the width is below 128; a multiple of 32."""
+    """GroupNorm with 32 groups, or with groups of four channels if width (a multiple of 32) is below 128."""
     return nn.GroupNorm(min(32, width // 4), width)
 
 
 def to_tokens(x):
-    """Every cell is a token, in row-major order: (N, C, H, W) -> (N, H * W, C)."""
+    """Make each cell a token, in row-major order: (N, C, H, W) -> (N, H * W, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around what c says of time and class, x (N, C, H, W), c (N, E) -> (N, D, H, W):
+    """Two convolutions, between which c brings in time and class; x (N, C, H, W), c (N, E) -> (N, D, H, W):
 
         h = conv1(resample(SiLU(norm1(x))))
         x <- shortcut(resample(x)) + conv2(SiLU((1 + scale) norm2(h) + shift)),     (scale, shift) = Linear(SiLU(c))
 
-    shortcut is a 1x1 convolution where D is not C. resample: "down" averages 2x2 cells, "up" repeats each, None leaves
-    H and W. Without scale_shift, a Linear function of SiLU(c) is added to h, and norm2 is plain (Ho et al., LDM).
+    shortcut is a 1x1 convolution if D is not C, else the identity. resample: "down" averages 2x2 cells, "up" repeats
+    cells, None keeps H and W. Without scale_shift, Linear(SiLU(c)) is added to h before norm2 (Ho et al., LDM).
     """
 
     def __init__(self, width, out, embed, scale_shift=True, resample=None):
@@ -95,8 +95,8 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of tokens x (N, L, D) to a context (N, T, F), or to themselves -> (N, L, D).
 
-    softmax(q k^T / sqrt(D / H)) v for each of H heads, where q, k and v have no biases, as in LDM. The fused kernel
-    never holds the L x T matrix.
+    softmax(q k^T / sqrt(D / H)) v for each of H heads. q, k and v have no biases, as in LDM. The fused kernel never
+    stores the L x T matrix.
     """
 
     def __init__(self, width, heads, context=None):
@@ -114,7 +114,7 @@ class Attention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x <- x + attention(norm(x)), x (N, C, H, W): every cell attends to all, and there is no text (IDDPM, ADM)."""
+    """x <- x + attention(norm(x)), x (N, C, H, W): every cell attends to all cells, without text (IDDPM, ADM)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -128,13 +128,13 @@ class AttentionBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Cells attend to all cells, then to the text, then pass an MLP; x (N, C, H, W), text (N, T, F) (LDM).
+    """Cells attend to all cells, then to the text, then pass through an MLP; x (N, C, H, W), text (N, T, F) (LDM).
 
         z = Linear(norm(x))
         z <- z + attention(norm1(z));    z <- z + attention(norm2(z), text);    z <- z + MLP(norm3(z))
         x <- x + Linear(z)
 
-    The MLP is GEGLU, Linear(a * GELU(b)) with (a, b) = Linear(z), each four times as wide as z.
+    The MLP is a GEGLU: Linear(a * GELU(b)) with (a, b) = Linear(z). a and b are four times as wide as z.
     """
 
     def __init__(self, width, heads, text_dim):
@@ -155,9 +155,9 @@ class TransformerBlock(nn.Module):
 
 
 class Layer(nn.ModuleList):
-    """Modules one after another, of which each is given what it asks for: c (N, E), text (N, T, F) or None, or nothing.
+    """Modules in sequence. Residual blocks also receive c (N, E), attention receives text (N, T, F) or None.
 
-    skip (N, C', H, W), if there is one, joins x (N, C, H, W) at the entrance, as C' more channels.
+    A skip (N, C', H, W), if given, is first concatenated to x (N, C, H, W) as C' more channels.
     """
 
     def forward(self, x, c, text, skip=None):
@@ -174,26 +174,25 @@ class Layer(nn.ModuleList):
 
 
 class UNet(nn.Module):
-    """The U-Net: predicts the noise in x_t and, with learn_sigma, the variance of a denoising step.
+    """The U-Net. It predicts the noise in x_t and, with learn_sigma, the variance of a denoising step.
 
     image_size    int, or (height, width), in pixels or latent cells; each a multiple of 2^(levels - 1)
-    in_channels   C of the input, and of the noise
-    channels      D, a multiple of 32; time is D sinusoids, and c (N, 4D)
-    multipliers   width of each level, over D; the stem is as wide as the first
-    blocks        residual blocks of a level in the encoder; the decoder has one more, so that each skip has its block
-    attention     the levels that attend, by how far they are down: (2, 4) are those of H/2 and H/4; the middle always
-    head_channels channels of an attention head; the width of every level that attends must be a multiple of it
-    resample      how levels are joined: "conv", a strided convolution down, nearest neighbour and convolution up
-                  (IDDPM, LDM), or "block", a residual block that averages or repeats cells on both of its ways (ADM)
-    scale_shift   c scales and shifts the second norm of a residual block (IDDPM, ADM), or is added before it (LDM)
+    in_channels   C, the channels of the input and of the noise
+    channels      D, a multiple of 32; the time has D sinusoids, c has shape (N, 4D)
+    multipliers   width of each level, divided by D; the stem is as wide as the first level
+    blocks        residual blocks per level of the encoder; the decoder has one more, so that each skip enters a block
+    attention     levels with attention, by down-sampling factor: (2, 4) are H/2 and H/4; the middle always has it
+    head_channels channels of an attention head; the width of every level with attention must be a multiple of it
+    resample      between levels: "conv", a strided convolution down, nearest neighbour and a convolution up (IDDPM,
+                  LDM); "block", a residual block that averages or repeats cells in both of its branches (ADM)
+    scale_shift   c scales and shifts the second norm of a residual block (IDDPM, ADM); False: it is added before (LDM)
     num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes)
-    null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
-    text_dim      0: no text. Otherwise y is (N, text_tokens, text_dim) features, and what attends is a TransformerBlock
-    learn_sigma   C more channels, v: a step has log variance u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
-    checkpoint    k: recompute the activations of every k-th layer in the backward pass (True: of every layer): less
-                  memory, more time
+    null_class    add a row, index num_classes, to the label table: the null label of classifier-free guidance
+    text_dim      0: no text. Otherwise y is (N, text_tokens, text_dim) features, for TransformerBlocks
+    learn_sigma   add C output channels, v: a step's log variance is u log(beta) + (1 - u) log(beta~), u = (v + 1) / 2
+    checkpoint    k: the backward pass recomputes the activations of every k-th layer (True: all): less memory, slower
 
-    Raises ValueError where these do not fit together.
+    Raises ValueError if the arguments do not fit together.
     """
 
     def __init__(self, image_size=32, in_channels=3, channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(2, 4),
@@ -206,14 +205,14 @@ class UNet(nn.Module):
         attending = {width for down, width in levels if down in (*attention, lowest)}
         for wrong, message in [
             (channels < 32 or channels % 32, f"channels {channels} is not a multiple of 32"),
-            (min(multipliers, default=0) < 1, f"multipliers {multipliers} are not a number for each level"),
+            (min(multipliers, default=0) < 1, f"multipliers {multipliers} must be one positive number for each level"),
             (any(side < 1 or side % lowest for side in self.image_size),
              f"image_size {self.image_size} is not a multiple of {lowest}, for {len(levels)} levels"),
-            (blocks < 1, f"blocks {blocks}: a level has at least one"),
+            (blocks < 1, f"blocks {blocks}: a level needs at least one"),
             (not set(attention) <= {down for down, _ in levels},
-             f"attention {attention} is not among the levels, {[down for down, _ in levels]}"),
+             f"attention {attention} is not among the levels {[down for down, _ in levels]}"),
             (any(width % head_channels for width in attending),
-             f"head_channels {head_channels} does not divide the widths that attend, {sorted(attending)}"),
+             f"head_channels {head_channels} does not divide the widths with attention, {sorted(attending)}"),
             (resample not in ("conv", "block"), f"resample {resample!r} is none of 'conv', 'block'"),
             (num_classes and text_dim, "num_classes and text_dim are both given: a model takes labels or text"),
         ]:
@@ -242,7 +241,7 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(channels, embed), nn.SiLU(), nn.Linear(embed, embed))
         self.label_emb = nn.Embedding(self.label_rows, embed) if num_classes else None
 
-        skips = [levels[0][1]]                                              # widths of all that is kept, stem first
+        skips = [levels[0][1]]                                              # widths of the stored outputs
         self.stem, self.encoder, self.decoder = conv3(in_channels, skips[0]), nn.ModuleList(), nn.ModuleList()
         for down, width in levels:
             if down > 1:
@@ -252,7 +251,7 @@ class UNet(nn.Module):
                 self.encoder.append(Layer(parts(down, skips[-1], width)))
                 skips.append(width)
         self.middle = Layer([block(width, width), attend(width), block(width, width)])
-        before = width                                                      # of what the next layer is given
+        before = width                                                      # width of the next layer's input
         for down, width in reversed(levels):
             for i in range(blocks + 1):
                 up = [change("up", width)] if down > 1 and i == blocks else []
@@ -282,13 +281,13 @@ class UNet(nn.Module):
         return self.head(F.silu(self.norm(x)))                              # (N, C or 2C, H, W)
 
     def run(self, layer, *inputs):
-        """layer(*inputs), its activations kept or else recomputed in the backward pass (it draws no random numbers)."""
+        """Return layer(*inputs). A layer with gradient checkpointing runs again in the backward pass."""
         if layer.recomputed:
-            return recompute(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return recompute(layer, *inputs, use_reentrant=False, preserve_rng_state=False)    # no random numbers
         return layer(*inputs)
 
     def check(self, x, t, y):
-        """Raise ValueError, in one line, where forward is given what the model was not built for."""
+        """Raise ValueError, in one line, if the model was not built for these inputs."""
         n, expected = x.shape[0], (self.in_channels, *self.image_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"UNet: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
@@ -307,21 +306,21 @@ def describe(y):
 
 
 def preset(**size):
-    """A function of overrides that builds a UNet of this size; an argument that UNet does not know raises TypeError."""
+    """A function that builds a UNet of this size, with overrides. An argument unknown to UNet raises TypeError."""
     return lambda **overrides: UNet(**{**size, **overrides})
 
 
-# name -> function(**overrides) -> UNet. In brackets, the published M parameters and GMACs: where a paper leaves a
-# choice (how levels are joined, how wide the stem is, how time enters), it is the one that meets them.
+# Name -> function(**overrides) -> UNet, with M parameters and GMACs per image (in brackets: as published). A paper may
+# not say how levels are joined, how wide the stem is or how time enters: these choices give the published counts.
 MODELS = {
-    # for data "shapes" on a laptop CPU: 1.2 M
+    # learns data "shapes" on a laptop CPU: 1.2 M
     "unet_tiny": preset(channels=32, multipliers=(1, 2, 2), blocks=1, attention=(4,), head_channels=32),
     # IDDPM on CIFAR10: 52.5 M (53)
     "unet_cifar": preset(channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(2, 4)),
-    # ADM on latents of ImageNet 256, as U-ViT compares with it: with 1000 classes 645.9 M (646), 135.4 GMACs (135)
+    # ADM on latents of ImageNet 256, as in U-ViT's comparison: with 1000 classes 645.9 M (646), 135.4 GMACs (135)
     "unet_adm": preset(in_channels=4, channels=320, multipliers=(2, 2, 4), blocks=3, attention=(2, 4),
                        resample="block"),
-    # LDM on latents of MS-COCO, as U-ViT compares with it: with 77 tokens of 768 numbers 53.0 M (53)
+    # LDM on latents of MS-COCO, as in U-ViT's comparison: with 77 tokens of 768 features 53.0 M (53)
     "unet_ldm_text": preset(in_channels=4, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(2, 4),
                             head_channels=32, scale_shift=False, text_dim=768),
 }

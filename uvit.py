@@ -3,8 +3,8 @@
     Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023, arXiv:2209.12152
 
 Everything is a token: the time, the condition (a class label or text features) and the image patches form one
-sequence. Half of the blocks remember their output, and the other half receives it back, last in, first out, as in a
-U-Net, so that low-level detail has a short way to the output:
+sequence. The first half of the blocks store their outputs. The second half receive them, last in, first out, as in a
+U-Net, so that low-level detail has a short path to the output:
 
     x, t, y -> [label, t, text, patches] + positions
                   in_block 0 ------------------------.
@@ -14,11 +14,11 @@ U-Net, so that low-level detail has a short way to the output:
                   out_block 1  <------- Linear(concat)
             LayerNorm, Linear, unpatchify, 3x3 convolution -> noise, shaped like x
 
-    model = MODELS["uvit_s2"](image_size=32, in_channels=3)     # CIFAR10: 44.26 M parameters, 12.2 GMACs an image
-    noise = model(x, t)                                         # x (N, 3, 32, 32), t (N,) the network's time, 999 t
+    model = MODELS["uvit_s2"](image_size=32, in_channels=3)     # CIFAR10: 44.26 M parameters, 12.2 GMACs per image
+    noise = model(x, t)                                         # x (N, 3, 32, 32), t (N,): 999 times the time in [0, 1]
 
-This file needs torch alone and can be copied out. Names of parameters are those of the released checkpoints, which load
-with strict=True; test_all.py compares outputs with the released code (relative error below 1e-5).
+This file imports only torch and can be copied into another project. The parameters have the names of the released
+checkpoints, which load with strict=True. test_all.py compares outputs with the released code's (relative error < 1e-5).
 """
 import math
 from functools import partial
@@ -64,7 +64,7 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, (N, L, D) -> (N, L, D): softmax(q k^T / sqrt(D / H)) v for each of H heads.
 
-    The fused kernel never holds the L x L matrix, and runs in the type that autocast gave to q, k and v.
+    The fused kernel never stores the L x L matrix. It computes in the type that autocast gave q, k and v.
     """
 
     def __init__(self, width, heads):
@@ -92,16 +92,16 @@ class MLP(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """What adaLN does to a normed x (N, L, D): (1 + scale) x + shift, in one pass over x; shift and scale (N, 1, D)."""
+    """Apply adaLN's shift and scale, (N, 1, D), to a normalised x (N, L, D): (1 + scale) x + shift, in one pass."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):
     """One pre-norm Transformer block, x (N, L, D), time (N, D) -> (N, L, D).
 
-    skip    how a long skip (N, L, D) joins x at the entrance of an out-block: "concat" (Linear of both side by side,
-            the paper's best) or "add"; "none" for a block that receives none
-    time    "token" leaves the norms plain; with "adaln" a Linear function of the time shifts and scales them
+    skip    how an out-block joins a long skip (N, L, D) with x: "concat" (a Linear layer of the concatenation, the
+            paper's best) or "add"; "none" for a block without a long skip
+    time    "token": the norms have learned scales and shifts; "adaln": a Linear layer computes them from the time
     """
 
     def __init__(self, width, heads, mlp_ratio, time, skip="none"):
@@ -117,7 +117,9 @@ class Block(nn.Module):
 
     def forward(self, x, time, skip=None):
         if self.skip == "concat":
-            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+            # Under autocast, x is bfloat16 after the first out-block. Then a float32 skip would make the concatenation
+            # float32, twice as large, and the Linear layer would round it to the same numbers.
+            x = self.skip_linear(torch.cat([x, skip.to(x.dtype)], dim=-1))
         elif self.skip == "add":
             x = x + skip
         if self.modulation is None:
@@ -129,29 +131,28 @@ class Block(nn.Module):
 
 
 class UViT(nn.Module):
-    """The U-ViT network: predicts the noise in x_t, or whatever else it is trained to.
+    """The U-ViT network. It predicts the noise in x_t, or another target of the same shape.
 
     image_size    int, or (height, width), in pixels or latent cells; each a multiple of patch_size
-    in_channels   C of the input, and of the noise
-    patch_size    p: there are H/p * W/p image tokens
+    in_channels   C, the channels of the input and of the noise
+    patch_size    p; there are H/p * W/p image tokens
     width         D, the length of a token
-    depth         in-blocks plus out-blocks, even; one mid block comes on top
-    heads         H; D must be a multiple of it
-    mlp_ratio     hidden width of the MLPs, over D
-    num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes), and one token
-    null_class    with labels: one more row, index num_classes, the null label of classifier-free guidance
-    text_dim      0: no text. Otherwise y is (N, text_tokens, text_dim) features, text_tokens tokens
-    conv          a last 3x3 convolution over the image, against seams between patches
+    depth         number of in-blocks plus out-blocks, even; there is one mid block more
+    heads         number of attention heads; D must be a multiple of it
+    mlp_ratio     hidden width of the MLPs, divided by D
+    num_classes   0: no labels. Otherwise y is (N,) int64 in [0, num_classes), and becomes one token
+    null_class    add a row, index num_classes, to the label table: the null label of classifier-free guidance
+    text_dim      0: no text. Otherwise y is (N, text_tokens, text_dim) features, and becomes text_tokens tokens
+    conv          end with a 3x3 convolution over the image, which removes seams between patches
     skip          "concat", "add" or "none": the long skips (table 1 of the paper)
-    time          "token" or "adaln": how the network learns the time. GenViT, the paper's plain-ViT baseline, is
+    time          "token" or "adaln": how the network receives the time. The paper's plain ViT baseline, GenViT, is
                   skip="none", conv=False, time="adaln"
-    checkpoint    k: recompute the activations of every k-th block in the backward pass (True: of every block): less
-                  memory, more time
+    checkpoint    k: the backward pass recomputes the activations of every k-th block (True: all): less memory, slower
 
-    Raises ValueError where these do not fit together.
+    Raises ValueError if the arguments do not fit together.
     """
 
-    def __init__(self, image_size=32, in_channels=3, patch_size=2, width=512, depth=12, heads=8, mlp_ratio=4,
+    def __init__(self, image_size=32, in_channels=3, patch_size=2, width=512, depth=12, heads=8, mlp_ratio=4.0,
                  num_classes=0, null_class=True, text_dim=0, text_tokens=77, conv=True, skip="concat", time="token",
                  checkpoint=False):
         super().__init__()
@@ -192,7 +193,7 @@ class UViT(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Truncated normal (0.02) for positions and Linear layers, zero biases; the rest stays as PyTorch makes it."""
+        """Truncated normal (0.02) for positions and Linear weights, zero Linear biases; PyTorch's default elsewhere."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -227,13 +228,13 @@ class UViT(nn.Module):
         return self.final_layer(x)                                          # (N, C, H, W)
 
     def run(self, block, *inputs):
-        """block(*inputs), its activations kept or else recomputed in the backward pass (it draws no random numbers)."""
+        """Return block(*inputs). A block with gradient checkpointing runs again in the backward pass."""
         if block.recomputed:
-            return recompute(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return recompute(block, *inputs, use_reentrant=False, preserve_rng_state=False)    # no random numbers
         return block(*inputs)
 
     def check(self, x, t, y):
-        """Raise ValueError, in one line, where forward is given what the model was not built for."""
+        """Raise ValueError, in one line, if the model was not built for these inputs."""
         n, expected = x.shape[0], (self.in_channels, *self.image_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"UViT: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
@@ -252,12 +253,12 @@ def describe(y):
 
 
 def preset(**size):
-    """A function of overrides that builds a UViT of this size; an argument that UViT does not know raises TypeError."""
+    """A function that builds a UViT of this size, with overrides. An argument unknown to UViT raises TypeError."""
     return lambda **overrides: UViT(**{**size, **overrides})
 
 
 # Table 2 of the paper, with the released code's settings: name -> function(**overrides) -> UViT.
-# On the right, M parameters and GMACs of an image, and in brackets of which data.
+# Right: M parameters, GMACs per image (and the data set that both belong to).
 MODELS = {
     "uvit_tiny": preset(patch_size=4, width=192, depth=2, heads=4),                 # learns "shapes" on a laptop CPU
     "uvit_s2": preset(patch_size=2, width=512, depth=12, heads=8),                  # 44.26 M, 12.20 (CIFAR10)
