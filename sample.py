@@ -1,23 +1,26 @@
 """Sample images: from a run's checkpoint, or from a file of released weights.
 
-    python sample.py --ckpt runs/uvit_tiny-shapes/checkpoint.pt                           # a grid, samples.png
-    torchrun --nproc_per_node=8 -- sample.py --ckpt runs/uvit_s2-cifar10/checkpoint.pt --num 50000 --out x.npz
+    python sample.py --ckpt runs/uvit_tiny-shapes/checkpoint.pt                             # a grid, samples.png
+    torchrun --nproc_per_node=8 sample.py --ckpt runs/uvit_s2-cifar10/checkpoint.pt --num-images 50000 --out x.npz
     python sample.py --model uvit_h2 --weights imagenet256_uvit_huge.pth --data imagenet256 --labels 207,otter
     python sample.py --model uvit_s2 --weights mscoco_uvit_small.pth --data mscoco256 --prompt "a red bus" "two cats"
+    python sample.py --model dit_xl2 --weights SiT-XL-2-256x256.pt --data imagenet256 --schedule flow --labels 88
 
 --out decides the form: a .png grid (a row for each label or prompt), an .npz (arr_0: uint8 (N, H, W, 3), arr_1:
-labels), or a folder of PNGs. --sweep draws a grid with a row for each guidance weight, --walk one that goes from one
-noise, class or prompt to another. Latents are decoded by the autoencoder they were made with, prompts encoded by CLIP.
-Image i depends on the seed, i and its condition, not on the batch size or the number of processes (up to rounding: for
-another batch, kernels add in another order). The lone "--" keeps recent torchruns from taking --num for their own.
+labels), or a folder of PNGs. --sweep draws a grid with a row for each guidance weight. Latents are decoded by the
+autoencoder they were made with, prompts are encoded by CLIP. Image i depends on the seed, i and its condition, not on
+the batch size or the number of processes (up to rounding: for another batch, kernels add in another order).
 """
 import argparse
+import contextlib
+import inspect
 import math
 import re
+import secrets
 import shutil
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,29 +29,42 @@ from tqdm import tqdm
 
 import data
 import diffusion
+import encode
 import train
 
 
 def add_flags(p):
-    """The flags that say which weights, what to sample and how: sample.py's, and fid.py's where it samples itself."""
-    add = p.add_argument_group("weights: a run's checkpoint, or a file of weights and what it is").add_argument
+    """The flags that say which weights, what to sample and how: sample.py's, and fid.py's where it samples itself.
+
+    Returns the function that adds one more flag to the last group.
+    """
+    group = p.add_argument_group("weights: a run's checkpoint, or a file of weights and what it is")
+    add, average = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--ckpt", metavar="FILE", help="checkpoint.pt of a run of train.py")
+    average("--raw", action="store_true", help="the weights themselves, not their moving average (EMA)")
+    average("--ema", type=float, metavar="DECAY", help="with --ckpt: which average of several (default: the first)")
     add("--weights", metavar="FILE", help="released weights: a state dict, bare or under 'ema', 'model', 'state_dict'")
     add("--model", metavar="NAME", help=f"with --weights: {', '.join(train.MODELS)}")
     add("--data", metavar="NAME", help="with --weights: what it was trained on")
     add("--image-size", type=int, metavar="PIXELS", help="with --weights: of the images, if not the data's own")
-    add("--raw", action="store_true", help="the weights themselves, not their moving average (EMA)")
+    add("--schedule", choices=diffusion.SCHEDULES, help="with --weights: if not the recipe's (SiT is a dit with flow)")
+    for flag, what in ("--predict", "what the network answers"), ("--compare", "what its loss compared"):
+        add(flag, choices=["noise", "data", "velocity"], help=f"with --weights: {what}, if not the recipe's")
+    add("--model-args", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="with --weights: arguments of the model's constructor that the file does not tell")
     add("--autoencoder", metavar="NAME", help="hub name or folder of the latents' autoencoder, if not the data's own")
     add("--clip", metavar="NAME", help="hub name or folder of the prompts' text encoder, if not the data's own")
-    add = p.add_argument_group("what to sample").add_argument
-    add("--num", type=int, metavar="N", help="images (default 64, or 8 for each label of --labels or a grid)")
+    group = p.add_argument_group("what to sample")
+    add, text = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add("--num-images", type=int, metavar="N", help="default 64, or 8 for each row of a grid, label or prompt given")
     add("--labels", metavar="L,L,..", help="classes by number or name, taken in turn (default: all; ten for a grid)")
-    add("--prompt", nargs="+", metavar="TEXT", help="texts, taken in turn; or a file with one on each line")
-    add("--cfg", type=float, metavar="W",
-        help="guidance weight of eps_u + W (eps_c - eps_u); 1 is none, U-ViT's s is W - 1")
-    add("--cfg-channels", type=int, metavar="C", help="guide the first C channels only (DiT's release: 3)")
+    text("--prompt", nargs="+", metavar="TEXT", help="texts, taken in turn")
+    text("--prompts", metavar="FILE", help="a file with a text on each line")
+    add("--cfg", type=float, metavar="W", help="guidance: eps_u + W (eps_c - eps_u); 1 is none, U-ViT's s is W - 1")
+    add("--cfg-channels", type=int, metavar="C", help="guide the first C channels only (DiT's and SiT's releases: 3)")
+    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at times LOW < t < HIGH only")
     add("--sampler", choices=diffusion.SAMPLERS)
-    add("--steps", type=int, metavar="N", help="calls of the network for an image")
+    add("--steps", type=int, metavar="N", help="steps, of one call of the network each (heun: two)")
     add("--clip-x0", action=argparse.BooleanOptionalAction, help="limit the predicted image to [-1, 1]")
     add("--seed", type=int, default=0, help="default 0")
     add = p.add_argument_group("how").add_argument
@@ -61,38 +77,45 @@ def add_flags(p):
 
 
 def check_flags(args):
-    """Raise ValueError where these flags do not go together; fill in --amp."""
+    """Raise ValueError where the flags of add_flags do not go together; fill in --amp."""
     if bool(args.ckpt) == bool(args.weights):
         raise ValueError("give either --ckpt (a run's checkpoint), or --weights with --model and --data")
     if args.weights and not (args.model and args.data):
         raise ValueError("--weights needs --model and --data: which network it is, and what it was trained on")
-    train.check_bounds(vars(args))
+    other = "--ckpt" if args.weights else "--weights"
+    for flag in ["ema"] if args.weights else "model data image_size schedule predict compare model_args".split():
+        if getattr(args, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} goes with {other} only")
+    data.check(vars(args))
     args.amp = args.amp or ("bf16" if args.device == "cuda" else "off")
 
 
 def parse(argv=None):
+    """The command line -> argparse.Namespace; out is a Path, and form is ".png", ".npz" or "folder"."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Where no default is given, it is the run's own setting, or the paper's for --model and --data.")
     add = add_flags(p)
     add("--out", default="samples.png", metavar="FILE_OR_FOLDER", help=".png, .npz, or a folder (default samples.png)")
     add("--sweep", type=float, nargs="+", metavar="W", help="a grid with a row for each of these guidance weights")
-    add("--walk", choices=["noise", "condition"],
-        help="a grid whose rows go from one noise to another (spherical), or from the first of two labels or prompts "
-             "to the second (linear)")
     args = p.parse_args(argv)
     check_flags(args)
-    out = args.out = Path(args.out)
-    args.form = out.suffix.lower() or "folder"
-    if args.sweep and args.walk or (args.sweep or args.walk) and args.form != ".png":
-        raise ValueError("--sweep and --walk each draw a grid: give one of them, and an --out that ends in .png")
+    args.out = Path(args.out)
+    args.form = args.out.suffix.lower() or "folder"
     if args.form not in (".png", ".npz", "folder"):
-        raise ValueError(f"--out {out}: give a name that ends in .png or .npz, or a folder's without a dot")
-    if args.form == "folder" and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder; images would be mixed up")
-    if args.form == ".npz" and out.exists() or args.form == ".png" and out.is_dir():
-        raise ValueError(f"--out {out}: exists already; remove it or give another name")
+        raise ValueError(f"--out {args.out}: give a name that ends in .png or .npz, or a folder's without a dot")
+    if args.sweep and args.form != ".png":
+        raise ValueError("--sweep draws a grid: give an --out that ends in .png")
+    check_out(args.out, args.form)
     return args
+
+
+def check_out(out, form):
+    """Raise ValueError where images would be mixed with others, or replace them (a grid may replace a grid)."""
+    if form == "folder" and out.exists() and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder; images would be mixed up")
+    if form == ".npz" and out.exists() or form == ".png" and out.is_dir():
+        raise ValueError(f"--out {out}: exists already; remove it or give another name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,9 +123,9 @@ def parse(argv=None):
 
 
 def read_weights(path, raw=False):
-    """A file of weights -> ({name: tensor}, its key), from a bare state dict or one under "ema", "model", "state_dict".
+    """A file of weights -> ({name: tensor}, its key), bare or under "ema", "model_ema1" (JiT), "model", "state_dict".
 
-    raw prefers "model" to "ema". Prefixes left by wrappers ("module.", "_orig_mod.") are taken off. Raises
+    raw prefers "model". Prefixes left by wrappers ("module.", "_orig_mod.", JiT's "net.") are taken off. Raises
     FileNotFoundError, or ValueError where the file is something else; a pickle with code in it is refused, not run.
     """
     if not Path(path).exists():
@@ -113,20 +136,20 @@ def read_weights(path, raw=False):
     except (MemoryError, OSError):
         raise                       # the machine's fault, not the file's
     except Exception as error:      # whatever torch makes of arbitrary bytes
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split(". ")[0].splitlines()[0]
-        raise ValueError(f"{path}: not a file of weights alone, or damaged ({reason})") from None
-    found = "bare"
-    for key in ("model", "ema", "state_dict") if raw else ("ema", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state, found = state[key], key
-            break
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f"{path}: holds no state dict (names and tensors, bare or under 'ema', 'model', 'state_dict')")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}, found
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split(". ")[0]
+        raise ValueError(f"{path}: not a file of weights alone, or damaged ({data.one_line(reason)})") from None
+    state = state if isinstance(state, dict) else {}
+    keys = ["model"] * raw + ["ema", "model_ema1", "model", "state_dict"]
+    found = next((key for key in keys if isinstance(state.get(key), dict)), "bare")
+    state = state.get(found, state)
+    if not state or not all(isinstance(name, str) and torch.is_tensor(value) and value.layout == torch.strided
+                            for name, value in state.items()):
+        raise ValueError(f"{path}: holds no state dict (names and dense tensors, bare or under 'ema' or 'model')")
+    return {re.sub(r"^((module|_orig_mod|net)\.)+", "", name): value for name, value in state.items()}, found
 
 
 def load_weights(model, state, path):
-    """Load a state dict into a model. Raises ValueError that names the keys that do not fit.
+    """Load a state dict into a model. Raises ValueError that names the tensors that do not fit or are not finite.
 
     Fixed tables (buffers, such as DiT's positions) may have been made for another image size: the model keeps its own.
     """
@@ -136,7 +159,8 @@ def load_weights(model, state, path):
     shared = [name for name in own if name in other and name not in fixed]
     wrong = {"missing": [name for name in own if name not in other],
              "unexpected": [name for name in other if name not in own],
-             "of another shape": [f"{n} {other[n]}, here {own[n]}" for n in shared if own[n] != other[n]]}
+             "of another shape": [f"{n} {other[n]}, here {own[n]}" for n in shared if own[n] != other[n]],
+             "with NaN or infinite numbers": [n for n in shared if not state[n].isfinite().all()]}
     problems = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ..' if len(names) > 3 else ''})"
                 for kind, names in wrong.items() if names]
     if problems:
@@ -144,257 +168,257 @@ def load_weights(model, state, path):
     model.load_state_dict(state)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A network with its weights, what it draws, on which conditions, and how it is sampled unless told otherwise."""
+    model: torch.nn.Module
+    schedule: object            # of diffusion.SCHEDULES
+    shape: tuple                # (C, H, W) of x_0
+    image_shape: tuple          # (3, H, W) of the images that `decode` makes of x_0 (N, C, H, W)
+    decode: Callable
+    num_classes: int            # 0: none
+    class_names: tuple          # in the order of their numbers, () where they are not known
+    encode_text: Callable       # texts -> features (n, T, F), or None where the network takes no text
+    null: torch.Tensor          # the null label (), the empty text's features (T, F), or None where guidance has none
+    settings: dict              # arguments of diffusion.generate: sampler, steps, w, channels, interval, clip, seed
+    path: str
+    step: int                   # of training, None where it is not known
+    weights: str                # which of the file's weights: "EMA 0.9999", "raw", ..
+    compiled: bool
+
+
 def open_source(args, device):
-    """--ckpt or --weights -> a namespace of the model, what it draws and on which conditions, and how to sample."""
-    if args.ckpt:
-        state = train.read_checkpoint(args.ckpt)
-        config, arguments, step, shape = state["config"], state["model_args"], state["step"], tuple(state["shape"])
-        key = "model" if args.raw else "ema"
-        weights, names, null, encoding = state[key], state["class_names"], state["null"], state["encoding"]
-        name, path = config["model"], args.ckpt
-    else:
-        kind = data.kind(args.data)
-        config = train.recipe(args.model, kind)
-        name, path, step, names, null = args.model, args.weights, None, [], None
-        encoded = args.data not in data.DATASETS and kind != "folder"
-        encoding = data.read_encoding(args.data) if encoded else data.ENCODINGS.get(args.data)
-        weights, key = read_weights(path, args.raw)
-        size = args.image_size or (encoding["image_size"] if encoding else data.IMAGE_SIZE[kind])
-        arguments, shape = released_arguments(weights, config, size, encoding)
-    model = train.build(name, arguments)
-    load_weights(model, weights, path)
+    """The flags of add_flags -> Source. Raises ValueError or OSError, in one line, where they do not fit the file."""
+    found = from_checkpoint(args) if args.ckpt else from_weights(args)
+    path, config, arguments = args.ckpt or args.weights, found["config"], found["model_args"]
+    shape, names, null, encoding = tuple(found["shape"]), found["class_names"], found["null"], found["encoding"]
+    if args.cfg_channels and args.cfg_channels > shape[0]:
+        raise ValueError(f"--cfg-channels {args.cfg_channels}: {path} has {shape[0]} channels")
+    model = train.build(config["model"], arguments)
+    load_weights(model, found["weights"], path)
     model = model.to(device).eval()
     if hasattr(model, "fold"):
         model = model.fold()        # U-DiT: the branches of its convolutions merged, once for all steps
     if args.compile:
         model.compile()
-    if encoding:
-        encoding = {**encoding, **{k: v for k in ("autoencoder", "clip") if (v := getattr(args, k))}}
-    if args.cfg_channels and args.cfg_channels > shape[0]:
-        raise ValueError(f"--cfg-channels {args.cfg_channels}: {path} has {shape[0]} channels")
-    classes = arguments["num_classes"]
+
+    if encoding and args.autoencoder:
+        encoding = dict(encoding, autoencoder=args.autoencoder)
+    classes, encode_text = arguments["num_classes"], None
     if classes == 1000 and (not names or names[0] == "n01440764"):      # ImageNet: by name, not by number in WordNet
         names = data.imagenet_names()
     if classes and arguments["null_class"]:
-        null = torch.tensor(classes, device=device)
+        null = torch.tensor(classes)
+    if "text_dim" in arguments:
+        if not (args.prompt or args.prompts):
+            raise ValueError(f"{path} draws what a text says: give --prompt or --prompts")
+        encode_text = encode.TextEncoder(args.clip or (encoding or {}).get("clip") or encode.CLIP, device)
+        null = encode_text([""])[0] if null is None else null
 
     settings = {name: config[key] if given is None else given for name, given, key in [
         ("sampler", args.sampler, "sampler"), ("steps", args.steps, "sample_steps"), ("w", args.cfg, "cfg"),
-        ("clip", args.clip_x0, "clip_x0")]}
-    return SimpleNamespace(
-        model=model, compiled=args.compile, device=device, schedule=diffusion.SCHEDULES[config["schedule"]](),
-        shape=shape, image_shape=(3, *[encoding["image_size"]] * 2) if encoding else shape, encoding=encoding,
-        decode=data.decoder(encoding, device), num_classes=classes, class_names=names, text="text_dim" in arguments,
-        null=null, path=path, step=step, weights={"ema": "EMA", "model": "raw"}.get(key, "as they are"),
-        settings=dict(settings, channels=args.cfg_channels, seed=args.seed))
+        ("interval", args.cfg_interval, "cfg_interval"), ("clip", args.clip_x0, "clip_x0")]}
+    return Source(
+        model, train.schedule_of(config), shape, (3, *[encoding["image_size"]] * 2) if encoding else shape,
+        encode.decoder(encoding, device), classes, tuple(names) if len(names) == classes else (), encode_text, null,
+        dict(settings, channels=args.cfg_channels, seed=args.seed), path, found["step"], found["which"], args.compile)
 
 
-def released_arguments(weights, config, image_size, encoding):
-    """What a file of weights alone tells of its model: the constructor's arguments, and the shape of its images."""
-    size = image_size // 8 if encoding else image_size          # the autoencoders' latents: 8 times smaller
-    null_row = config["label_dropout"] > 0                      # whoever dropped labels has a row for the null label
-    rows = [len(w) for key, w in weights.items() if key.endswith(("label_emb.weight", "embedding_table.weight"))]
-    stems = [w for key, w in weights.items()
-             if key in ("patch_embed.proj.weight", "x_embedder.proj.weight", "stem.weight")]
-    channels, patch = (stems[0].shape[1], stems[0].shape[-1]) if stems else (3, 1)
-    arguments = dict(image_size=size, in_channels=channels, num_classes=rows[0] - null_row if rows else 0,
-                     null_class=null_row)
-    if "context_embed.weight" in weights:                       # U-ViT's tokens: time, text, patches
-        tokens = weights["pos_embed"].shape[1] - 1 - (size // patch) ** 2
-        arguments.update(text_dim=weights["context_embed.weight"].shape[1], text_tokens=tokens)
-    return arguments, (channels, size, size)
+def from_checkpoint(args):
+    """--ckpt -> the dict of train.py's checkpoint, and in it "weights", those to use, and "which" of its weights."""
+    state = train.read_checkpoint(args.ckpt)
+    state["config"] = {**train.COMMON, **state["config"]}           # older runs lack some keys
+    if args.raw:
+        return dict(state, weights=state["model"], which="raw")
+    first, *_ = np.ravel(state["config"]["ema"]).tolist()           # and have one average
+    averages = {**{float(decay): weights for decay, weights in state.get("averages", {}).items()}, first: state["ema"]}
+    decay = args.ema or first
+    if decay not in averages:
+        raise ValueError(f"--ema {decay}: {args.ckpt} has the averages {', '.join(map(str, averages))}")
+    return dict(state, weights=averages[decay], which=f"EMA {decay:g}")
+
+
+def from_weights(args):
+    """--weights, --model and --data -> a dict with the keys of from_checkpoint's that open_source reads."""
+    kind = data.kind(args.data)
+    config = dict(train.recipe(args.model, kind, args.schedule), model=args.model)
+    config.update({key: getattr(args, key) for key in ("predict", "compare") if getattr(args, key)})
+    encoded = args.data not in data.DATASETS and kind != "folder"
+    encoding = data.read_encoding(args.data) if encoded else encode.released_encoding(args.model, args.data)
+    size = args.image_size or (encoding["image_size"] if encoding else data.IMAGE_SIZE[kind])
+    weights, key = read_weights(args.weights, args.raw)
+    known = inspect.signature(train.NETWORKS[train.family(args.model)]).parameters
+    given = dict(train.parse_argument(item, known) for item in args.model_args)
+    if encoded or kind == "folder":
+        names = encoding["class_names"] if encoded else data.list_images(args.data)[2]
+    else:
+        names = {"cifar10": data.CIFAR10_CLASSES, "shapes": tuple(data.SHAPES), "celeba64": (), "mscoco256": ()}.get(
+            kind, data.imagenet_names())
+    arguments = released_arguments(weights, size // 8 if encoding else size, len(names), given)
+    return dict(config=config, model_args=arguments, weights=weights, step=None, null=None, class_names=names,
+                shape=(arguments["in_channels"], *[arguments["image_size"]] * 2), encoding=encoding,
+                which={"ema": "EMA", "model_ema1": "EMA", "model": "raw"}.get(key, "as they are"))
+
+
+def released_arguments(weights, size, classes, given):
+    """The model's arguments: channels, tokens of text, classes, a null label or none. The tensors tell them.
+
+    size is the side of x_0, and classes what the data has: a table of labels with one row more has a null label. Where
+    it has another number of rows, `given` (--model-args) must tell, or ValueError is raised.
+    """
+    def shapes(*names, ndim):
+        return [w.shape for key, w in weights.items() if key.endswith(names) and w.ndim == ndim]
+
+    stems = shapes("patch_embed.proj.weight", "embedder.proj.weight", "embedder.proj1.weight", "stem.weight", ndim=4)
+    _, channels, _, patch = stems[0] if stems else (0, 3, 1, 1)
+    arguments = dict(image_size=size, in_channels=channels, num_classes=0)
+    for rows, _ in shapes("label_emb.weight", "embedding_table.weight", ndim=2)[:1]:
+        null = given.get("null_class", {0: False, 1: True}.get(rows - given.get("num_classes", classes)))
+        if null is None:
+            raise ValueError(f"--weights: the table of labels has {rows} rows, and the data {classes} classes; say "
+                             "whether its last row is the null label: --model-args null_class=true (or false)")
+        arguments.update(num_classes=rows - null, null_class=null)
+    for _, width in shapes("context_embed.weight", ndim=2):         # U-ViT's tokens: time, text, patches
+        arguments.update(text_dim=width, text_tokens=weights["pos_embed"].shape[1] - 1 - (size // patch) ** 2)
+    return {**arguments, **given}
 
 
 def parse_labels(text, source):
-    """ "3,horse" -> [3, 7]. Raises ValueError on a class that the model does not have."""
+    """ "3,horse" -> [3, 7]. Where a class is named by a number, as in folders 1, 2, 10, all numbers are names.
+
+    Raises ValueError on a class that the model does not have.
+    """
     if not source.num_classes:
         raise ValueError(f"--labels: {source.path} is a model without classes")
-    names, labels = list(source.class_names), []
-    for item in text.split(","):
-        item = item.strip()
-        label = names.index(item) if item in names else int(item) if item.isdecimal() else -1
-        if not 0 <= label < source.num_classes:
-            named = f", or {', '.join(names[:10])}{', ..' if len(names) > 10 else ''}" if names else ""
-            raise ValueError(f"--labels {item}: the model has classes 0 to {source.num_classes - 1}{named}")
-        labels.append(label)
-    return labels
+    known = {name: number for number, name in enumerate(source.class_names)}
+    examples = ", ".join(list(known)[:10]) + ", .." * (len(known) > 10)
+    if not any(map(str.isdecimal, known)):
+        examples = f"0 to {source.num_classes - 1}" + f", or {examples}" * bool(known)
+        known.update({str(number): number for number in range(source.num_classes)})
+    try:
+        return [known[item.strip()] for item in text.split(",")]
+    except KeyError as item:
+        raise ValueError(f"--labels {item.args[0]}: the model has classes {examples}") from None
 
 
 def parse_conditions(args, source):
     """--labels or --prompt -> the conditions that images take in turn: labels (k,), text features (k, T, F), or None.
 
-    Encodes the empty text as source.null where the checkpoint brought none. Raises ValueError where the model does not
-    take what is asked, or guidance is asked of one without a null label.
+    Raises ValueError where the model does not take what is asked.
     """
-    y = None
-    if source.text:
-        if not args.prompt:
-            raise ValueError(f"{source.path} draws what a text says: give --prompt")
-        if not (source.encoding or {}).get("clip"):
-            raise ValueError(f"{source.path}: its text encoder is not known; name it with --clip")
-        file = Path(args.prompt[0])
-        prompts = file.read_text().splitlines() if len(args.prompt) == 1 and file.is_file() else args.prompt
-        encode = data.TextEncoder(source.encoding["clip"], source.device)
-        y = encode(prompts)
-        if source.null is None:
-            source.null = encode([""])[0]
-    elif args.prompt:
+    texts = args.prompt
+    if args.prompts:
+        texts = [line for line in Path(args.prompts).read_text("utf-8", "replace").splitlines() if line.strip()]
+        if not texts or "\ufffd" in "".join(texts):        # what "replace" puts where bytes are no text
+            raise ValueError(f"--prompts {args.prompts}: holds no text in UTF-8")
+    if texts and not source.encode_text:
         raise ValueError(f"--prompt: {source.path} takes no text")
-    if args.labels or source.num_classes:
-        labels = parse_labels(args.labels, source) if args.labels else range(source.num_classes)
-        y = torch.tensor(list(labels), device=source.device)
-    if source.settings["w"] != 1 and (y is None or source.null is None):
-        raise ValueError(f"--cfg {source.settings['w']:g}: {source.path} has no null label to guide with; "
-                         "leave it at 1")
-    return y
+    if args.labels:
+        return torch.tensor(parse_labels(args.labels, source))
+    if texts:
+        return torch.cat([source.encode_text(texts[i:i + 100]).cpu() for i in range(0, len(texts), 100)])
+    return torch.arange(source.num_classes) if source.num_classes else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images out
 
 
-def sampled(source, conditions, num, batch_size, here, amp=False, noise=None, **settings):
+def sampled(source, conditions, num, batch_size, here, amp=False, **settings):
     """Yield (indices, uint8 images (n, 3, H, W)) until all `num` are made; each process makes its share of the batches.
 
-    Image i has conditions[i % len(conditions)], where there are any. amp runs the network in bfloat16. noise is a
-    function of indices that returns generate's noise; settings override the source's. A compiled network is made for
-    one size of batch: the last is filled up.
+    Image i has conditions[i % len(conditions)], where there are any. amp runs the network in bfloat16. settings
+    override the source's. A compiled network is made for one size of batch: the last is filled up.
+    Raises ValueError where an image is not finite.
     """
     settings = {**source.settings, **settings}
+    size = min(batch_size, math.ceil(num / here.world))         # few images, too, are shared by all processes
     name = f"{settings['sampler']}, {settings['steps']} steps"
-    batches = [range(first, min(first + batch_size, num)) for first in range(0, num, batch_size)]
     with tqdm(total=num, desc=name, unit="image", disable=here.rank > 0) as bar:
-        for number, indices in enumerate(batches):
-            if number % here.world == here.rank:
-                batch = range(indices.start, indices.start + batch_size) if source.compiled else indices
-                y = None if conditions is None else conditions[torch.tensor(batch) % len(conditions)]
-                with torch.autocast(here.device.type, torch.bfloat16, enabled=amp):
-                    images = diffusion.generate(
-                        source.model, source.schedule, source.shape, batch, y, source.null, **settings,
-                        noise=noise and noise(batch), device=here.device, progress=here.rank == 0)
-                yield indices, source.decode(images[:len(indices)]).cpu()
-            bar.update(len(indices))
+        for first in range(here.rank * size, num, here.world * size):
+            indices = range(first, min(first + size, num))
+            batch = range(first, first + size) if source.compiled else indices
+            y = None if conditions is None else conditions[torch.tensor(batch) % len(conditions)].to(here.device)
+            with torch.autocast(here.device.type, torch.bfloat16, enabled=amp):
+                x0 = diffusion.generate(source.model, source.schedule, source.shape, batch, y, source.null, **settings,
+                                        device=here.device, progress=here.rank == 0)[:len(indices)]
+            if not x0.isfinite().all():
+                raise ValueError(f"{source.path}: images {first} to {indices[-1]} are not finite (NaN); try --amp off, "
+                                 "another --sampler, or other weights")
+            yield indices, source.decode(x0).cpu()
+            bar.update(min(here.world * size, num - first))
 
 
-class Walk:
-    """Noise for pictures on the way from image a to image b: each draw lies between theirs, on a sphere's great circle.
+def write(args, source, y, num, rows, here):
+    """Draw `num` images for each guidance weight into args.out, a grid in so many rows. Returns how many there are.
 
-    Normal noise lies near a sphere: a straight line between two such points would leave it (Shoemake's slerp).
+    Every process writes into one file, at its images' places, which the first one then puts into form. Its name and
+    that of the unfinished result are of this run alone, and both are gone however it ends, SIGKILL excepted.
     """
-
-    def __init__(self, seed, a, b, fractions):
-        self.ends, self.fractions = [diffusion.ImageNoise(seed, [image]) for image in (a, b)], fractions
-
-    def __call__(self, x):
-        a, b = (end(x[:1]).double() for end in self.ends)                   # (1, C, H, W)
-        f = torch.as_tensor(self.fractions).to(a).view(-1, 1, 1, 1)
-        angle = torch.arccos(((a * b).sum() / a.norm() / b.norm()).clamp(-1, 1))
-        if angle < 1e-6:
-            return a.expand_as(x).to(x)
-        return ((((1 - f) * angle).sin() * a + (f * angle).sin() * b) / angle.sin()).to(x)
-
-
-def conditions_between(model, y, fractions):
-    """Conditions (k, ..) on the straight line between the two in y: texts' features, or new labels.
-
-    A new label is a new row of the model's tables of labels, between the rows of the two.
-    """
-    f = torch.as_tensor(fractions, dtype=torch.float32, device=y.device)
-    if y.is_floating_point():
-        return torch.lerp(y[:1], y[1:], f[:, None, None])
-    for table in [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]:
-        known, (a, b) = len(table.weight), table.weight.data[y]
-        rows = torch.cat([table.weight.data, torch.lerp(a, b, f[:, None])])
-        table.weight = torch.nn.Parameter(rows, requires_grad=False)
-    return known + torch.arange(len(f), device=y.device)
-
-
-def plan(args, source, y):
-    """What to draw: (number of images in a job, rows of the grid, jobs), a job being arguments of `sampled`."""
-    columns = args.num or 8
-    if args.sweep:
-        return columns, len(args.sweep), [dict(conditions=y, w=w) for w in args.sweep]
-    if args.walk:
-        at = np.linspace(0, 1, columns)
-
-        def walk(a, b):
-            return lambda indices: Walk(args.seed, a, b, [at[i % columns] for i in indices])
-
-        if args.walk == "noise":
-            ways = [None] if y is None else y.split(1)
-            return columns, len(ways), [dict(conditions=one, noise=walk(0, 1)) for one in ways]
-        if y is None or len(y) != 2:
-            raise ValueError("--walk condition goes from one to another: give two --labels or two texts to --prompt")
-        between = conditions_between(source.model, y, at)
-        return columns, 4, [dict(conditions=between, noise=walk(row, row)) for row in range(4)]
-    rows = 0 if y is None else len(y)
-    of_each = rows and (args.labels or args.prompt or args.form == ".png")
-    return args.num or (8 * rows if of_each else 64), rows, [dict(conditions=y)]
+    out, form = args.out, args.form
+    weights = args.sweep or [source.settings["w"]]
+    shape = (len(weights) * num, *source.image_shape[1:], 3)
+    name = f"{out.name}.{here.highest(secrets.randbits(62)):x}.part"    # the same in all processes
+    part, result = out.with_name(name), out.with_name(name + form)
+    try:
+        if here.rank == 0 and form != "folder":
+            needed, free = 2 * math.prod(shape), shutil.disk_usage(out.parent).free
+            if needed > free:
+                raise OSError(f"--out {out}: {shape[0]} images take {needed / 1e9:.1f} GB while they are made, and "
+                              f"{free / 1e9:.1f} are free; make room or give another --out")
+            part.touch()
+        here.highest()      # wait for one another
+        for number, w in enumerate(weights):
+            for indices, images in sampled(source, y, num, args.batch_size, here, args.amp == "bf16", w=w):
+                images = images.permute(0, 2, 3, 1).numpy()
+                with data.writing(out):
+                    if form == "folder":
+                        for i, image in zip(indices, images):
+                            Image.fromarray(image).save(out / f"{i:06d}.png")
+                        continue
+                    with open(part, "r+b") as file:
+                        file.seek((number * num + indices.start) * images[0].nbytes)
+                        file.write(images.tobytes())
+        here.highest()
+        if here.rank == 0 and form != "folder":
+            images = np.memmap(part, np.uint8, "r", shape=shape)
+            with data.writing(out):
+                if form == ".npz":
+                    labels = dict(arr_1=y.numpy()[np.arange(num) % len(y)]) if source.num_classes else {}
+                    np.savez(result, arr_0=images, **labels)
+                else:           # image i of weight k is the grid's i * len(weights) + k
+                    images = images.reshape(len(weights), num, *shape[1:]).swapaxes(0, 1).reshape(shape)
+                    data.save_grid(torch.from_numpy(images.copy()).permute(0, 3, 1, 2), result, rows)
+                result.replace(out)
+    finally:
+        if here.rank == 0:
+            part.unlink(missing_ok=True)
+            result.unlink(missing_ok=True)
+    return shape[0]
 
 
 def main(argv=None):
     args = parse(argv)
     here = train.Processes(args.device)
     source = open_source(args, here.device)
-    out, form = args.out, args.form
-    if args.sweep:
-        source.settings["w"] = next((w for w in args.sweep if w != 1), 1)       # checked with the conditions
-    y = parse_conditions(args, source)
-    if y is not None and form == ".png" and not (args.labels or args.prompt):
-        y = y[::math.ceil(len(y) / 10)]         # ten rows at most
-    num, rows, jobs = plan(args, source, y)
-    shape = (num * len(jobs), *source.image_shape)
-    with train.writing(out):
-        (out if form == "folder" else out.parent).mkdir(parents=True, exist_ok=True)
-    needed, free = 2 * math.prod(shape), shutil.disk_usage(out.parent).free
-    if form != "folder" and needed > free:
-        raise OSError(f"--out {out}: {shape[0]} images take {needed / 1e9:.1f} GB while they are made, and "
-                      f"{free / 1e9:.1f} are free; make room or give another --out")
-
-    # Every process writes its rows, job by job, into one file on disk, which the first one then puts into form.
-    part = out.with_name(out.name + ".part.npy")
-    try:
-        if form != "folder" and here.rank == 0:
-            with train.writing(out):
-                np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-        here.highest()      # wait for one another
-        for number, job in enumerate(jobs):
-            for indices, batch in sampled(source, **job, num=num, batch_size=args.batch_size, here=here,
-                                          amp=args.amp == "bf16"):
-                with train.writing(out):
-                    if form == "folder":
-                        for i, image in zip(indices, batch.permute(0, 2, 3, 1).numpy()):
-                            Image.fromarray(image).save(out / f"{i:06d}.png")
-                    else:
-                        data.write_rows(part, number * num + indices.start, batch.numpy())
-        here.highest()
-        if here.rank == 0 and form == ".npz":
-            labels = dict(arr_1=y.cpu().numpy()[np.arange(num) % len(y)]) if source.num_classes else {}
-            try:
-                with train.writing(out):
-                    np.savez(out, arr_0=np.load(part, mmap_mode="r").transpose(0, 2, 3, 1), **labels)
-            except OSError:
-                out.unlink(missing_ok=True)
-                raise
-        elif here.rank == 0 and form == ".png":     # image i of job j becomes row i * jobs + j
-            images = np.load(part).reshape(len(jobs), num, *source.image_shape).swapaxes(0, 1).reshape(shape)
-            with train.writing(out):
-                data.save_grid(torch.from_numpy(images), out, rows)
-    finally:
-        if here.rank == 0:
-            part.unlink(missing_ok=True)
+    y, asked = parse_conditions(args, source), args.labels or args.prompt or args.prompts
+    if y is not None and args.form == ".png" and not asked:
+        y = y[::math.ceil(len(y) / 10)]         # a grid shows ten classes at most
+    rows = len(args.sweep or (() if y is None else y))
+    num = args.num_images or (8 if args.sweep else 8 * rows if rows and (asked or args.form == ".png") else 64)
+    if args.form == "folder":
+        with data.writing(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
+    with data.lock(args.out) if here.rank == 0 else contextlib.nullcontext():
+        check_out(args.out, args.form)          # again: another run may have ended there since
+        count = write(args, source, y, num, rows, here)
     if here.rank == 0:
         settings, step = source.settings, "" if source.step is None else f", step {source.step}"
         w = ", ".join(f"{w:g}" for w in args.sweep or [settings["w"]])
-        print(f"{out}: {shape[0]} images from {source.path} (weights {source.weights}{step}), "
+        print(f"{args.out}: {count} images from {source.path} (weights {source.weights}{step}), "
               f"{settings['sampler']} {settings['steps']} steps, w {w}, seed {settings['seed']}")
     here.close()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
-        sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("sample.py: interrupted")
+    data.command("sample.py", main, "interrupted")
