@@ -1,34 +1,40 @@
-"""How far are generated images from real ones? FID, sFID, Inception score, precision and recall.
+"""Measure how far generated images are from real ones: FID, sFID, Inception score, precision and recall.
 
-    python fid.py samples.npz --ref cifar10                             # an npz, a folder of images, or statistics
-    torchrun --nproc_per_node=8 -- fid.py --ckpt runs/uvit_s2-cifar10/checkpoint.pt --num 50000 --ref cifar10
-    python fid.py samples.npz --ref photos/ --features network.pt       # where Inception means nothing
+    python fid.py samples.npz --ref cifar10                             # an npz, a folder of images, or a data set
+    python fid.py samples.npz --ref cifar10 --save-ref cifar10.npz      # keep what is computed from the reference ..
+    python fid.py other.npz --ref cifar10.npz                           # .. and use it again
+    torchrun --nproc_per_node=8 fid.py --ckpt runs/uvit_s2-cifar10/checkpoint.pt --num-images 50000 --ref cifar10
+    python fid.py samples.npz --ref photos/ --features network.py:net   # your own network instead of Inception
 
-A network turns every image into a vector, and the numbers compare two clouds of vectors, or look at its class scores:
+A network turns each image into a vector and class scores, from which these numbers are computed:
 
-    FID        |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means and covariances     Heusel 2017, 1706.08500
-    sFID       the same of 7 maps of 17 x 17 numbers, which know where in the image     Nash 2021, 2103.03841
-    IS         exp(mean KL(p(y|x) || p(y))): sure of its class, but varied over images  Salimans 2016, 1606.03498
-    precision  share of generated images in the cloud of real ones; recall: reversed    Kynkaanniemi 2019, 1904.06991
+    FID        |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means m, covariances S    Heusel 2017, 1706.08500
+    sFID       the same for 7 feature maps of 17 x 17, which keep the position          Nash 2021, 2103.03841
+    IS         exp(mean KL(p(y|x) || p(y))), high for clear and varied classes          Salimans 2016, 1606.03498
+    precision  share of generated images among the real ones; recall: the reverse       Kynkaanniemi 2019, 1904.06991
 
-The network is the Inception of 2015 that all papers report with. Images are scaled to its 299 x 299 in one of two
-ways, which differ in the result: TensorFlow's (ADM, DiT, U-DiT; the default) or pytorch-fid's (U-ViT). Compare numbers
-only of the same resize, reference and number of images (50,000 in the papers). Features agree with pytorch-fid 0.3.0
-and torch-fidelity 0.4.0 to 2e-6, and all numbers made of them to 2e-8 (test_all.py holds some).
+The network is the Inception of 2015 that all papers report with. Images are resized to its 299 x 299 in one of two
+ways, which give different numbers: TensorFlow's (ADM, DiT, U-DiT; the default) or pytorch-fid's (U-ViT). Compare only
+numbers with the same resize, reference and number of images (50,000 in the papers). Features agree with pytorch-fid
+0.3.0 and torch-fidelity 0.4.0 to 2e-6, and the numbers computed from them to 2e-8 (test_all.py holds some).
 """
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
+import runpy
+import struct
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
@@ -40,41 +46,33 @@ import sample
 import train
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-RELEASED = "6726825d"       # so begins that file's SHA-256
+RELEASED = "6726825d"       # the first digits of that file's SHA-256
 VECTORS = 10_000            # reference images for precision and recall, as many as in guided-diffusion's files
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The networks
 
 
 class Repooled(nn.Module):
-    """A block of torchvision's Inception whose pooling branch, the last one, pools in another way."""
+    """A block of torchvision's Inception with another pooling in its last branch."""
 
     def __init__(self, block, pool):
         super().__init__()
         self.block, self.pool, self.branch_pool = block, pool, block.branch_pool
-        block.branch_pool = nn.Identity()       # so that what the block itself pools is its last x.shape[1] channels
+        block.branch_pool = nn.Identity()       # the block's last x.shape[1] channels are then its own pooling of x
 
     def forward(self, x):
-        others = self.block(x)[:, :-x.shape[1]]
-        return torch.cat([others, self.branch_pool(self.pool(x))], dim=1)
+        return torch.cat([self.block(x)[:, :-x.shape[1]], self.branch_pool(self.pool(x))], dim=1)
 
 
 class Inception(torchvision.models.Inception3):
     """uint8 images (N, 3, H, W) -> dict(pool3 (N, 2048), spatial (N, 2023), logits (N, 1008)), float32.
 
-    Inception v3 (Szegedy et al. 2015, 1512.00567) as TensorFlow released it in December 2015. It differs from
-    torchvision's in its averages, which do not count the padding, and in its last block, which takes the maximum.
-
-    path    weights with the names and shapes of pytorch-fid's release (None: that file, downloaded once)
-    resize  "tensorflow" or "pytorch": how images come to 299 x 299
-    spatial is sFID's, in TensorFlow's order (y, x, channel); logits are without bias, as IS has always been computed.
-    5.71 GMACs an image. Raises FileNotFoundError or ValueError where the weights can not be had, or do not fit.
+    Inception v3 (Szegedy et al. 2015, 1512.00567) as TensorFlow released it in December 2015: unlike torchvision's,
+    average pooling does not count the padding, and the last block takes the maximum. 5.71 GMACs an image.
+    path      weights with pytorch-fid's names and shapes (None: its release, downloaded once); errors as sample.py's
+    resize    "tensorflow" or "pytorch", to 299 x 299
+    `spatial` is for sFID, in TensorFlow's order (y, x, channel). `logits` leave out the bias, as in all published IS.
     """
 
     def __init__(self, path=None, resize="tensorflow"):
-        if resize not in ("tensorflow", "pytorch"):
-            raise ValueError(f"unknown resize {resize!r}: choose tensorflow or pytorch")
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
         path = path or download()
         sample.load_weights(self, sample.read_weights(path)[0], path)
@@ -83,19 +81,20 @@ class Inception(torchvision.models.Inception3):
             if hasattr(block, "branch_pool"):
                 setattr(self, name, Repooled(block, nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)))
         self.Mixed_7c.pool = nn.MaxPool2d(3, stride=1, padding=1)
-        for layer in list(self.modules()):      # a batch norm, once trained, is linear, and goes into the convolution
+        for layer in list(self.modules()):      # merge each batch norm, which is linear now, into its convolution
             if hasattr(layer, "bn"):
                 layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
         self.to(memory_format=torch.channels_last)      # 1.6 times as fast on a CPU
-        self.made = dict(network="Inception", weights=file_hash(path), resize=resize)
+        self.made = dict(network="Inception", weights=digest(path), resize=resize)
 
     @torch.no_grad()
     def forward(self, images):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected uint8 images (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        pytorch = self.made["resize"] == "pytorch"
-        x = resize(images.float(), 299, centres=pytorch)                            # (N, 3, 299, 299), 0 to 255
-        x = x / 127.5 - 1 if pytorch else (x - 128) / 128
+        if self.made["resize"] == "pytorch":
+            x = F.interpolate(images.float(), (299, 299), mode="bilinear") / 127.5 - 1
+        else:
+            x = (resize(images.float(), 299) - 128) / 128                           # (N, 3, 299, 299)
         x = self.Conv2d_1a_3x3(x.contiguous(memory_format=torch.channels_last))     # (N, 32, 149, 149)
         x = self.maxpool1(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(x)))                # (N, 64, 73, 73)
         x = self.maxpool2(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))                # (N, 192, 35, 35)
@@ -107,59 +106,70 @@ class Inception(torchvision.models.Inception3):
         return dict(pool3=pool3, spatial=spatial, logits=pool3 @ self.fc.weight.T)
 
 
-def resize(x, size, centres):
-    """Bilinear, without antialiasing: (N, C, H, W) -> (N, C, size, size).
+def resize(x, size):
+    """TensorFlow 1's bilinear resize, (N, C, H, W) -> (N, C, size, size): pixel i lies at i H / size of the input.
 
-    Output pixel i is at i H / size of the input (TensorFlow 1), or, if pixels are counted from their centres (PyTorch),
-    at (i + 1/2) H / size - 1/2: up to half an input pixel away, hence another FID.
+    PyTorch's counts from pixel centres: (i + 1/2) H / size - 1/2. Neither blurs an image that it makes smaller.
     """
-    shift = 0.5 if centres else 0.0
     for dim in (2, 3):
-        n = x.shape[dim]
-        place = ((torch.arange(size, device=x.device) + shift) * n / size - shift).clamp(min=0)
+        place = torch.arange(size, device=x.device) * x.shape[dim] / size
         low = place.long()
         part = (place - low).unsqueeze(1) if dim == 2 else place - low
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1)), part)
+        above = (low + 1).clamp(max=x.shape[dim] - 1)
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, above), part)
     return x
 
 
 def download():
-    """The path of the released weights, fetched into torch.hub's cache if they are not there."""
+    """The path of the released weights in torch.hub's cache. Downloads them there if they are missing."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=RELEASED)
         except Exception as error:      # a URLError, a RuntimeError on a wrong checksum, an OSError on a full disk
-            raise FileNotFoundError(f"Inception's weights are not in {path}, and the download failed ({error}); "
-                                    f"fetch {URL}, and say where it is with --inception") from None
+            raise FileNotFoundError(f"Inception's weights are not in {path}, and the download failed "
+                                    f"({data.one_line(error)}); fetch {URL} and name it with --inception") from None
     return path
 
 
-def file_hash(path):
-    """The first 8 digits of a file's SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+def digest(path, state={}):
+    """The first 8 digits of the SHA-256 of a file and of the tensors of a state dict."""
+    found = hashlib.sha256(Path(path).read_bytes())
+    for name, value in state.items():
+        found.update(name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:8]
 
 
-class Scripted(nn.Module):
-    """A TorchScript file in Inception's place: uint8 images (N, 3, H, W) -> dict(pool3 (N, D)), D its own."""
+class Features(nn.Module):
+    """Your own network instead of Inception: uint8 images (N, 3, H, W) -> dict(pool3 (N, D)), any D.
 
-    def __init__(self, path):
+    where is FILE.py:NAME, a function, a module, or a class of modules without arguments (the file is executed), or
+    FILE.pt2, written by torch.export.save. Raises ValueError where it can not be loaded or does not return vectors.
+    """
+
+    def __init__(self, where):
         super().__init__()
-        self.made = dict(network=str(path), weights=file_hash(path))
-        self.module = self.attempt(torch.jit.load, path).eval()
+        path, _, name = where.rpartition(":")
+        try:
+            if path.endswith(".py"):
+                print(f"fid.py: executes {path}", file=sys.stderr)
+                network = runpy.run_path(path)[name]
+                network = network() if isinstance(network, type) else network
+                self.network = network.eval() if isinstance(network, nn.Module) else network
+            elif where.endswith(".pt2") and zipfile.is_zipfile(where):      # else torch prints a stack trace
+                self.network = torch.export.load(path := where).module()
+            else:
+                raise ValueError("not there, or neither FILE.py:NAME nor FILE.pt2")
+        except Exception as error:      # of the user's code, or what torch makes of the user's file
+            raise ValueError(f"--features {where}: {type(error).__name__}: {data.one_line(error)}") from None
+        self.made = dict(network=Path(where).name, weights=digest(path, self.state_dict()))
 
     @torch.no_grad()
-    def attempt(self, call, given):
-        try:
-            return call(given)
-        except RuntimeError as error:       # TorchScript's are stack traces, whose last line says what happened
-            raise ValueError(f"--features {self.made['network']}: {str(error).strip().splitlines()[-1]}") from None
-
     def forward(self, images):
-        vectors = self.attempt(self.module, images)
+        vectors = self.network(images)
         if not torch.is_tensor(vectors) or vectors.ndim != 2 or len(vectors) != len(images):
-            raise ValueError(f"--features {self.made['network']}: images (N, 3, H, W) do not become vectors (N, D)")
+            raise ValueError(f"{self.made['network']}: images (N, 3, H, W) do not become vectors (N, D)")
         return dict(pool3=vectors)
 
 
@@ -167,37 +177,25 @@ class Scripted(nn.Module):
 # The numbers
 
 
-class Moments:
-    """Mean (D,) and scatter sum (x - mean)(x - mean)^T (D, D) of vectors that come in parts, in float64.
+def moments(x):
+    """Vectors (N, D) -> (N, their mean (D,), their scatter, the sum of (x - mean)(x - mean)^T (D, D)), in float64."""
+    mean = x.double().mean(0)
+    return len(x), mean, (x.double() - mean).T @ (x.double() - mean)
 
-    Parts add up without the cancellation of E[x x^T] - mean mean^T, and without keeping the vectors:
-    scatter = scatter_1 + scatter_2 + n_1 n_2 / (n_1 + n_2) (mean_1 - mean_2)(mean_1 - mean_2)^T.
-    """
 
-    def __init__(self, x):
-        x = x.double()
-        self.n, self.mean = len(x), x.mean(0)
-        self.scatter = (x - self.mean).T @ (x - self.mean)
-
-    def add(self, other):
-        total, shift = self.n + other.n, other.mean - self.mean
-        self.scatter += other.scatter + self.n * other.n / total * shift.outer(shift)
-        self.mean += other.n / total * shift
-        self.n = total
-        return self
-
-    def cpu(self):
-        self.mean, self.scatter = self.mean.cpu(), self.scatter.cpu()
-        return self
+def merged(a, b):
+    """The moments of two sets together, without their vectors, and without the cancellation of E[x x^T]."""
+    (n, mean, scatter), (m, other, more) = a, b
+    shift = other - mean
+    return n + m, mean + m / (n + m) * shift, scatter + more + n * m / (n + m) * shift.outer(shift)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)); mu (D,), sigma (D, D) symmetric -> float.
 
-    With sigma = F F^T, the eigenvalues of sigma1 sigma2 are those of the symmetric (F1^T F2)(F1^T F2)^T: squares of the
-    singular values of F1^T F2, whose sum is the trace sought. Nothing is inverted, and no root taken of a rounding
-    error, so covariances without full rank are no special case. 5 s at D = 2048 on one thread. ValueError on wrong
-    shapes, or where anything is not finite.
+    With sigma = F F^T, the eigenvalues of sigma1 sigma2 are the squares of the singular values of F1^T F2, so the trace
+    of the root is their sum. Nothing is inverted and no root is taken of a rounding error: covariances without full
+    rank are no special case. 5 s at D = 2048 on one thread. Raises ValueError on wrong shapes, NaN or infinity.
     """
     mu1, sigma1, mu2, sigma2 = given = [torch.as_tensor(v, dtype=torch.float64) for v in (mu1, sigma1, mu2, sigma2)]
     if mu1.ndim != 1 or [v.shape for v in given] != [mu1.shape, (len(mu1), len(mu1))] * 2:
@@ -207,7 +205,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     def factor(sigma):
         values, vectors = torch.linalg.eigh(sigma)
-        kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps       # the others are 0, but rounded
+        kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps       # the others are rounded zeros
         return vectors[:, kept] * values[kept].sqrt()
 
     trace = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
@@ -217,7 +215,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(logits, splits=10):
     """logits (N, classes) -> mean and standard deviation, over equal parts in order, of exp(mean KL(p(y|x) || p(y))).
 
-    Images sorted by class have few classes in a part, and score too low. ValueError where N < splits.
+    Images sorted by class score too low, because a part then has few classes. Raises ValueError where N < splits.
     """
     logits, n, scores = torch.as_tensor(logits), len(logits), []
     if n < splits:
@@ -230,12 +228,8 @@ def inception_score(logits, splits=10):
 
 
 def precision_recall(real, generated, k=3):
-    """Vectors (N, D), (M, D) -> (precision, recall), shares in 0 .. 1, computed on the device where they are.
-
-    A set's cloud is the union of balls around its vectors, each as wide as the distance to the k-th nearest other one.
-    Precision: the share of generated vectors in the cloud of the real ones; recall: the other way round. Distances are
-    taken in float64 and in blocks, whose memory does not grow with N and M. ValueError where a set has only k vectors.
-    """
+    """Vectors (N, D), (M, D) -> (precision, recall): the shares of generated vectors in the cloud of the real ones, and
+    of real vectors in the cloud of the generated ones. Raises ValueError where a set has no more than k vectors."""
     real, generated = torch.as_tensor(real), torch.as_tensor(generated)
     if min(len(real), len(generated)) <= k:
         raise ValueError(f"precision and recall need more than {k} images on both sides, here {len(real)} real and "
@@ -244,8 +238,9 @@ def precision_recall(real, generated, k=3):
 
 
 def share_inside(points, cloud, k, block=2000):
-    """The share of points (M, D) in the cloud of (N, D)."""
-    centre = cloud[:block].double().mean(0)     # distances do not depend on it, but their rounding errors do
+    """The share of points (M, D) in a cloud (N, D): in a ball around one of its vectors, whose radius is the distance
+    to its k-th nearest neighbour in the cloud. Computed in float64 and in blocks, to save memory."""
+    centre = cloud[:block].double().mean(0)     # makes rounding errors smaller
 
     def squared_distances(a, b):
         a, b = a.double() - centre, b.double() - centre
@@ -256,7 +251,7 @@ def share_inside(points, cloud, k, block=2000):
         nearest = torch.empty(len(balls), 0, dtype=torch.float64, device=balls.device)
         for others in cloud.split(block):
             distances = torch.cat([nearest, squared_distances(balls, others)], dim=1)
-            nearest = distances.topk(min(k + 1, distances.shape[1]), largest=False).values      # itself and k more
+            nearest = distances.topk(min(k + 1, distances.shape[1]), largest=False).values      # itself and k others
         for found, some in zip(inside.split(block), points.split(block)):
             found |= (squared_distances(some, balls) <= nearest[:, k]).any(1)
     return inside.double().mean().item()
@@ -267,7 +262,7 @@ def share_inside(points, cloud, k, block=2000):
 
 
 def open_input(name, args, here):
-    """A data set, folder or npz -> (its images or None, its statistics or {}, and what it is: {source, size})."""
+    """A data set, folder or npz -> (its facts {source, size, n}, its statistics or {}, its batches or None)."""
     if name in data.DATASETS or Path(name).is_dir():
         with here.first():
             size = args.size or (common_size(name) if data.kind(name) == "folder" else None)
@@ -276,155 +271,153 @@ def open_input(name, args, here):
             raise ValueError(f"{name}: holds latents, no images; give the folder of images that they were made of")
     else:
         images, statistics = read_npz(name)
-    return images, statistics, dict(source=name, size=None if images is None else pixels(images.shape))
+    if images is None:
+        return dict(source=name, size=statistics.get("size"), n=statistics.get("n")), statistics, None
+    if len(images) < 2:
+        raise ValueError(f"{name}: {len(images)} image(s); a covariance takes at least two, a good one 50000")
+    facts = dict(source=name, size="x".join(map(str, images.shape[-2:])), n=len(images))
+    return facts, statistics, read_batches(images, name, args, here)
 
 
 def read_npz(path):
-    """An npz -> (its images, arr_0, or None; its statistics {mu, sigma[, mu_s, sigma_s, made]} or {})."""
+    """An npz -> (images (N, 3, H, W) of arr_0 or None, statistics {mu, sigma[, mu_s, sigma_s, pool3, ..]} or {})."""
     if not zipfile.is_zipfile(path):
         what = "not an npz (or a damaged one)" if Path(path).exists() else "no such file"
         raise ValueError(f"{path}: {what}, folder, or data set ({', '.join(data.DATASETS)})")
     try:
-        with np.load(path, allow_pickle=False) as npz:
-            statistics = {key: npz[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "made") if key in npz}
-            statistics = statistics if {"mu", "sigma"} <= statistics.keys() else {}
-            rows = npz["arr_0"] if "arr_0" in npz else None
-            if rows is None and not statistics:
+        with np.load(path) as npz:
+            if damaged := npz.zip.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+            found = {key: npz[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "pool3") if key in npz}
+            if unfit := [key for key, value in found.items() if not np.isfinite(value).all()]:
+                raise ValueError(f"{unfit[0]} is not finite")
+            found.update({key: npz[key].item() for key in ("network", "weights", "resize", "size", "n") if key in npz})
+            if "arr_0" not in npz and not {"mu", "sigma"} <= found.keys():
                 raise ValueError(f"neither arr_0 (images) nor mu and sigma (statistics) is in it, but {', '.join(npz)}")
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if rows is None:
-        return None, statistics
+            rows = read_images(npz) if "arr_0" in npz else None
+    except Exception as error:      # whatever zipfile and NumPy make of arbitrary bytes
+        raise ValueError(f"{path}: {data.one_line(error)}") from None
+    return rows, found if {"mu", "sigma"} <= found.keys() else {}
+
+
+def read_images(npz):
+    """arr_0 of an open npz, (N, 3, H, W). Where it is stored (np.savez), it is mapped, so that all processes share one
+    copy in the system's file cache; where it is compressed (np.savez_compressed), it is read into memory."""
+    entry = npz.zip.getinfo("arr_0.npy")
+    if entry.compress_type == zipfile.ZIP_STORED:
+        with open(npz.zip.filename, "rb") as file:      # an entry: 30 bytes, a name, extras, the array's file
+            file.seek(entry.header_offset + 26)
+            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+            np.lib.format.read_magic(file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            rows = np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+    else:
+        rows = npz["arr_0"]
     if rows.dtype != np.uint8 or rows.ndim != 4 or rows.shape[3] != 3:
         hint = " (NCHW? transpose(0, 2, 3, 1))" if rows.shape[1:2] == (3,) else ""
-        raise ValueError(f"{path}: arr_0 is {rows.dtype} {rows.shape}{hint}; expected uint8, 0 to 255, (N, H, W, 3)")
-    return data.ImagesInMemory(torch.from_numpy(rows).permute(0, 3, 1, 2)), statistics
+        raise ValueError(f"arr_0 is {rows.dtype} {rows.shape}{hint}; expected uint8, 0 to 255, (N, H, W, 3)")
+    return rows.transpose(0, 3, 1, 2)
 
 
 def common_size(folder):
-    """The side of a folder's images, from their headers. Raises ValueError where that is not one number for all."""
+    """The side of a folder's images, from their headers. Raises ValueError where they differ or are not square."""
     sizes = {}
     for file in data.list_images(folder)[0]:
-        with Image.open(file) as image:
+        with contextlib.suppress(Exception), Image.open(file) as image:     # data.load names what can not be read
             sizes.setdefault(image.size, file)
-    if len(sizes) > 1 or image.width != image.height:
+    if len(sizes) > 1 or any(width != height for width, height in sizes):
         found = " and ".join(f"{file} of {width}x{height}" for (width, height), file in [*sizes.items()][:2])
         raise ValueError(f"{found}: square images of one size are needed; --size PIXELS scales and crops")
-    return image.width
-
-
-def pixels(shape):
-    return f"{shape[-2]}x{shape[-1]}"
+    return max(sizes)[0] if sizes else None
 
 
 def read_batches(images, name, args, here):
-    """This process's batches of a data set, every world-th one: (index of the first, uint8 images)."""
+    """This process's batches, every world-th one: (index of the first, uint8 images (n, 3, H, W))."""
     n, step = len(images), args.batch_size
-    if n < 2:
-        raise ValueError(f"{name}: {n} image(s); a covariance takes at least two, a good one 50000")
-    batches = [np.arange(i, min(i + step, n)) for i in range(here.rank * step, n, here.world * step)]
-    order = [np.stack([index, 0 * index], axis=1) for index in batches]
+    firsts = range(here.rank * step, n, here.world * step)
+    if isinstance(images, np.ndarray):
+        batches = (torch.from_numpy(images[first:first + step].copy()) for first in firsts)
+    else:
+        order = [np.arange(first, min(first + step, n))[:, None] * [1, 0] for first in firsts]
+        batches = (batch for batch, _ in images.batches(order, "cpu", workers=4))
     with tqdm(total=n, desc=name, unit="image", disable=here.rank > 0,
               mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        for index, (batch, _) in zip(batches, images.batches(order, "cpu", workers=4)):
-            yield index[0], batch
-            bar.update(min(step * here.world, n - index[0]))
+        for first, batch in zip(firsts, batches):
+            yield first, batch
+            bar.update(min(step * here.world, n - first))
 
 
-def sample_batches(args, here):
-    """What sample.py would write, by its flags -> (batches as above, and how they are made)."""
+def open_sampler(args, here):
+    """What sample.py would write with the same flags -> (its facts, {}, its batches)."""
     source = sample.open_source(args, here.device)
     conditions = sample.parse_conditions(args, source)
-    batches = sample.sampled(source, conditions, args.num, args.batch_size, here, args.amp == "bf16")
-    made = dict(source=str(source.path), size=pixels(source.image_shape), step=source.step, weights=source.weights,
-                **source.settings, labels=args.labels, prompt=args.prompt, amp=args.amp)
-    return ((indices[0], images) for indices, images in batches), made
+    batches = sample.sampled(source, conditions, args.num_images, args.batch_size, here, args.amp == "bf16")
+    size = "x".join(map(str, source.image_shape[-2:]))
+    facts = dict(source=str(source.path), size=size, n=args.num_images, step=source.step, weights=source.weights,
+                 **source.settings, labels=args.labels, prompt=args.prompt or args.prompts, amp=args.amp)
+    return facts, {}, ((indices[0], images) for indices, images in batches)
 
 
-def collect(network, batches, here, keep=()):
-    """Batches of all processes through the network -> on the first process dict(n, mu, sigma[, mu_s, sigma_s]) and the
-    outputs (N, D) named in `keep`, in order; {} on the others.
-    """
-    moments, kept = {}, {}
+def collect(network, batches, source, here, keep=()):
+    """Send the batches of all processes through the network. On the first process, returns mu and sigma of pool3, mu_s
+    and sigma_s of spatial, and the outputs (N, D) named in `keep`, in the images' order; on the others {}."""
+    total, kept = {}, {}
     for first, images in batches:
         out = network(images.to(here.device))
+        if not all(values.isfinite().all() for values in out.values()):
+            raise ValueError(f"{source}: the features of images {first} to {first + len(images) - 1} are not finite; "
+                             f"look at the weights of {network.made['network']}")
         for name in out.keys() - {"logits"}:
-            part = Moments(out[name])
-            moments[name] = moments[name].add(part) if name in moments else part
+            part = moments(out[name])
+            total[name] = merged(total[name], part) if name in total else part
         kept[first] = {name: out[name].float().cpu() for name in keep}
-    everyone = [({name: part.cpu() for name, part in moments.items()}, kept)]
+    mine = {name: (n, mean.cpu(), scatter.cpu()) for name, (n, mean, scatter) in total.items()}, kept
+    everyone = [mine]
     if here.distributed:
-        mine, everyone = everyone[0], [None] * here.world if here.rank == 0 else None
+        everyone = [None] * here.world if here.rank == 0 else None
         dist.gather_object(mine, everyone)
     if here.rank > 0:
         return {}
-    moments, kept = everyone[0]
-    for more, rows in everyone[1:]:
-        for name, part in more.items():
-            moments[name].add(part)
-        kept.update(rows)
+    kept = {first: rows for _, kept in everyone for first, rows in kept.items()}
     numbers = {name: torch.cat([kept[first][name] for first in sorted(kept)]).numpy() for name in keep}
-    for name, suffix in [("pool3", ""), ("spatial", "_s")]:
-        if name in moments:
-            numbers["mu" + suffix] = moments[name].mean.numpy()
-            numbers["sigma" + suffix] = moments[name].scatter.numpy() / (moments[name].n - 1)
-    return dict(numbers, n=moments["pool3"].n)
-
-
-def collect_reference(network, images, args, here):
-    """`collect` of a reference, with up to VECTORS of pool3; kept in torch.hub's cache by all that it depends on."""
-    content = images.images.contiguous().numpy() if isinstance(images, data.ImagesInMemory) else repr(
-        [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in images.files]).encode()
-    made = dict(network.made, images=hashlib.sha256(content).hexdigest(), n=len(images), size=pixels(images.shape))
-    key = hashlib.sha256(json.dumps([made, args.pr]).encode()).hexdigest()[:16]
-    path = Path(torch.hub.get_dir()) / "fid" / f"{key}.npz"
-    if not here.highest(int(here.rank == 0 and not path.exists())):
-        return {**np.load(path), "n": len(images)} if here.rank == 0 else {}
-    numbers = collect(network, read_batches(images, args.ref, args, here), here, ["pool3"] * args.pr)
-    if here.rank == 0:
-        if args.pr:     # evenly spread, since the first ones of a sorted set are of one class
-            count = min(VECTORS, len(images))
-            numbers["pool3"] = numbers["pool3"][np.arange(count) * len(images) // count]
-        temporary = path.with_suffix(f".{os.getpid()}.npz")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(temporary, **numbers, made=json.dumps(made))
-            os.replace(temporary, path)
-        except OSError as error:
-            print(f"fid.py: warning: the reference's numbers could not be kept ({error})", file=sys.stderr)
+    for name in total:
+        n, mean, scatter = functools.reduce(merged, [total[name] for total, _ in everyone if name in total])
+        suffix = {"pool3": "", "spatial": "_s"}[name]
+        numbers.update({f"mu{suffix}": mean.numpy(), f"sigma{suffix}": scatter.numpy() / (n - 1)})
     return numbers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = f"an npz (arr_0), a folder of images, {', '.join(data.DATASETS)}, or statistics (an npz of mu and sigma)"
-    p.add_argument("samples", nargs="?", help=f"{kinds}; or none, with --ckpt or --weights")
+    p.add_argument("samples", nargs="?", help=f"{kinds}; leave it out with --ckpt or --weights")
     add = p.add_argument_group("what is compared, and how").add_argument
     add("--ref", required=True, help=f"the real images: {kinds}")
+    add("--save-ref", metavar="FILE.npz", help="write the reference's numbers there, for --ref of later calls")
     add("--resize", choices=["tensorflow", "pytorch"], default="tensorflow",
         help="to 299 x 299 (default tensorflow: ADM, DiT, U-DiT; U-ViT: pytorch)")
     add("--inception", metavar="FILE", help="Inception's weights (default: downloaded to torch.hub's cache)")
-    add("--features", metavar="FILE", help="in its place, a TorchScript module: uint8 images (N, 3, H, W) -> (N, D)")
-    add("--pr", action=argparse.BooleanOptionalAction, default=True,
-        help="precision and recall, which keep all vectors in memory, 8 kB an image (default: yes)")
-    add("--size", type=int, metavar="PIXELS", help="scale and crop as training does (default: as the files are)")
+    add("--features", metavar="FILE.py:NAME", help="another network, uint8 images (N, 3, H, W) -> (N, D): a function "
+        "or module of a Python file, which is executed; or FILE.pt2, written by torch.export")
+    add("--pr", action=argparse.BooleanOptionalAction, default=True, help="precision and recall, against at most "
+        f"{VECTORS} reference images, evenly spaced; all vectors are kept, 8 kB an image (default: yes)")
+    add("--size", type=int, metavar="PIXELS", help="scale and crop folders and data sets (default: as the files are)")
     add("--data-dir", metavar="DIR", help="where a named data set lies (default data/)")
     add("--json", action="store_true", help="print one line of JSON")
     sample.add_flags(p)
     args = p.parse_args(argv)
+    data.check(vars(args))
     if bool(args.samples) == bool(args.ckpt or args.weights):
         raise ValueError(f"give either {kinds}; or --ckpt or --weights, to sample from")
-    if args.size is not None and args.size < 1:
-        raise ValueError(f"--size {args.size}: must be at least 1")
-    if args.samples:
-        train.check_bounds(vars(args))
-    else:
+    if not args.samples:
         sample.check_flags(args)
-        if (args.num or 0) < 2:
-            raise ValueError("--num N: say how many images to sample, at least 2 (50000 in the papers)")
+        if (args.num_images or 0) < 2:
+            raise ValueError("--num-images N: say how many images to sample, at least 2 (50000 in the papers)")
+    for flag in ("num_images", "labels", "prompt", "prompts", "cfg", "cfg_interval", "sampler", "steps"):
+        if args.samples and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')}: {args.samples} is there already, nothing is sampled")
+    if args.save_ref and (not args.save_ref.endswith(".npz") or Path(args.save_ref).exists()):
+        raise ValueError(f"--save-ref {args.save_ref}: give the name of a new file that ends in .npz")
     return args
 
 
@@ -433,52 +426,67 @@ def main(argv=None):
     here = train.Processes(args.device)
     torch.backends.cudnn.allow_tf32 = False         # features in full float32 on every machine
     torch.set_float32_matmul_precision("highest")
-    real_images, real, reference = open_input(args.ref, args, here)
-    if args.samples:
-        images, fake, samples = open_input(args.samples, args, here)
-        batches = None if images is None else read_batches(images, args.samples, args, here)
-    else:
-        (batches, samples), fake = sample_batches(args, here), {}
-    with_pr = args.pr and batches is not None and real_images is not None
+    # The samples come first: the reference may have to be downloaded.
+    samples, fake, batches = open_input(args.samples, args, here) if args.samples else open_sampler(args, here)
+    reference, real, real_batches = open_input(args.ref, args, here)
+    if args.save_ref and real:
+        raise ValueError(f"--save-ref: {args.ref} holds statistics already")
     network = None                                  # two files of statistics need none
-    if batches is not None or not real:
+    if batches or not real:
         with here.first():
-            network = Scripted(args.features) if args.features else Inception(args.inception, args.resize)
+            network = Features(args.features) if args.features else Inception(args.inception, args.resize)
         network.to(here.device)
-    made_by = agreed(network.made if network else {}, {args.ref: real, args.samples: fake})
-    if with_pr or not real:
-        found = collect_reference(network, real_images, args, here)
-        real = {**real, "pool3": found.get("pool3")} if real else found     # published statistics go first
-    if batches is not None:
-        fake = collect(network, batches, here, ["pool3"] * with_pr + ["logits"] * (not args.features))
+    made = agreed(network.made if network else {}, args.size, (samples, fake), (reference, real))
+    with_pr = args.pr and batches is not None and (real_batches is not None or "pool3" in real)
+    if not real or with_pr and "pool3" not in real:
+        found = collect(network, real_batches, args.ref, here, ["pool3"] * args.pr)
+        if "pool3" in found:        # evenly spaced, since the first ones of a sorted set are of one class
+            n, count = reference["n"], min(VECTORS, reference["n"])
+            found["pool3"] = found["pool3"][np.arange(count) * n // count]
+        # A published file has the statistics of a whole set, and the images of a part of it.
+        real = {**real, "pool3": found.get("pool3")} if real else found
+        if args.save_ref and here.rank == 0:
+            part = Path(args.save_ref).with_suffix(f".{os.getpid()}.npz")
+            with data.writing(args.save_ref):
+                np.savez(part, **real, **made, **reference)
+                os.replace(part, args.save_ref)
+    if batches:
+        keep = ["pool3"] * with_pr + ["logits"] * (not args.features)
+        fake = collect(network, batches, samples["source"], here, keep)
     if here.rank == 0:
-        samples["n"], reference["n"] = fake.get("n"), real.get("n")
-        how = dict(samples=samples, reference=reference, network=made_by)
-        report(compare(fake, real, made_by, here.device), how, args.json)
+        reference["vectors"] = len(real["pool3"]) if with_pr else None
+        how = dict(samples=samples, reference=reference, network=made)
+        report(compare(fake, real, made, here.device), how, args.json)
     here.close()
 
 
-def agreed(network, files):
-    """What network all numbers are of, before any is computed. ValueError where a file's statistics are of another."""
-    for name, statistics in files.items():
-        theirs = json.loads(str(statistics.get("made", "{}")))
-        network = network or {key: theirs[key] for key in ("network", "weights", "resize") if key in theirs}
-        if theirs and any(theirs.get(key) != value for key, value in network.items()):
+def agreed(network, size, *sides):
+    """The network {network, weights[, resize]} of all numbers. Raises ValueError where sides do not fit together."""
+    sizes = {f"--size {size}": f"{size}x{size}"} if size else {}
+    for facts, statistics in sides:
+        name, mu = facts["source"], statistics.get("mu")
+        theirs = {key: statistics[key] for key in ("network", "weights", "resize") if key in statistics}
+        network = network or theirs
+        if theirs and theirs != network:
             raise ValueError(f"{name}: statistics of {theirs}, not of {network}")
-        if network.get("network") == "Inception" and statistics and statistics["mu"].shape != (2048,):
-            raise ValueError(f"{name}: mu has shape {statistics['mu'].shape}; Inception's has 2048 numbers")
+        if mu is not None and mu.shape != (2048,) and network.get("network", "Inception") == "Inception":
+            raise ValueError(f"{name}: mu has shape {mu.shape}; Inception's has 2048 numbers")
+        sizes.update({name: facts["size"]} if facts["size"] else {})
+    if len({*sizes.values()}) > 1:
+        raise ValueError(f"images of unequal sizes: {', '.join(f'{name} {size}' for name, size in sizes.items())}; "
+                         "--size scales folders and data sets, and no npz")
     return network
 
 
 def compare(fake, real, network, device):
-    """The statistics of both sides -> {name of a number: its value}, of whatever they allow."""
+    """The statistics of both sides -> {name of a number: its value}, as far as the statistics allow."""
     name = network.get("network", "Inception")
     name = "FID" if name == "Inception" else f"Frechet distance on {name}"
     numbers = {name: frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])}
     if "mu_s" in fake and "mu_s" in real:
         numbers["sFID"] = frechet_distance(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])
     if "logits" in fake:
-        numbers["IS"], numbers["IS deviation"] = inception_score(fake["logits"], min(10, fake["n"]))
+        numbers["IS"], numbers["IS deviation"] = inception_score(fake["logits"], min(10, len(fake["logits"])))
     if "pool3" in fake:
         vectors = [torch.from_numpy(side["pool3"]).to(device) for side in (real, fake)]
         numbers["precision"], numbers["recall"] = precision_recall(*vectors)
@@ -486,15 +494,12 @@ def compare(fake, real, network, device):
 
 
 def report(numbers, how, as_json):
-    """Print the numbers and how both sides were made, {side: {fact: value or None}}; and warn where they mislead."""
+    """Print the numbers and how = {side: {fact: value or None}}, and warn where the numbers mislead."""
     how = {side: {key: value for key, value in facts.items() if value is not None} for side, facts in how.items()}
-    samples, reference, network = how.values()
-    warnings = [f"{facts['n']} {side}: under 2048 images the covariance has no full rank, and the distance is too large"
+    warnings = [f"{facts['n']} {side}: under 2048 images, covariances have no full rank and distances are too large"
                 for side, facts in how.items() if facts.get("n", math.inf) < 2048]
-    if "FID" in numbers and network.get("weights", RELEASED) != RELEASED:
-        warnings.append("these are not the released weights of Inception: no published FID compares with this")
-    if "size" in samples and "size" in reference and samples["size"] != reference["size"]:
-        warnings.append(f"samples of {samples['size']} pixels against {reference['size']}: files are scaled by --size")
+    if "FID" in numbers and how["network"].get("weights", RELEASED) != RELEASED:
+        warnings.append("these are not the released weights of Inception: do not compare with published FIDs")
     for warning in warnings:
         print(f"fid.py: warning: {warning}", file=sys.stderr)
     if as_json:
@@ -506,9 +511,4 @@ def report(numbers, how, as_json):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:      # bad input: one line that says what and where, not a stack trace
-        sys.exit(f"fid.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("fid.py: interrupted")
+    data.command("fid.py", main, "interrupted")
