@@ -54,7 +54,6 @@ import unet
 import uvit
 
 HERE = Path(__file__).parent
-FAMILIES = {"uvit": uvit.UViT, "dit": dit.DiT, "udit": udit.UDiT, "unet": unet.UNet}
 SMALL = ("--model uvit_tiny --data shapes --model-args width=32 heads=2 --batch-size 8 --steps 6 --warmup 2 "
          "--log-every 1 --save-every 3 --sample-every 0 --device cpu").split()
 
