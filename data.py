@@ -23,48 +23,51 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 IN_MEMORY = 2 * 2**30     # bytes of uint8 up to which a data set is held in memory
 
 
-def load(name, data_dir=None, image_size=None):
-    """Load the training part of a data set: a name (see DATASETS), a folder of images, or one that encode.py wrote.
+def load(name, data_dir=None, image_size=None, split="train"):
+    """Load a data set: a name (see DATASETS), a folder of images, or one that encode.py wrote.
 
     data_dir    where a named data set lies (default: in data/)
     image_size  height and width of the images (default IMAGE_SIZE; latents keep that of their encoding)
-    Raises ValueError or OSError, in one line, where there is nothing of that name or it can not be read.
+    split       "train", or "test": images of the same classes that are not trained on
+    Raises ValueError or OSError, in one line, where there is nothing of that name or split, or it can not be read.
     """
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r}: must be train or test")
     if data_dir and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"--data-dir {data_dir}: no such folder")
     if name in DATASETS:
-        return DATASETS[name].load(data_dir, image_size)
+        given = {key: value for key, value in (("data_dir", data_dir), ("image_size", image_size)) if value}
+        return DATASETS[name].load(split=split, **given)
     if kind(name) == "folder":
-        return from_files(*list_images(name), image_size or IMAGE_SIZE["folder"])
-    return Latents(name, image_size)
+        return from_files(*list_images(name, split), image_size or IMAGE_SIZE["folder"])
+    return Latents(name, image_size, split)
 
 
 def kind(name):
     """The name of the recipe that a data set takes, without reading it: a name of DATASETS, "folder" or "latents".
 
     A folder of images is "folder". An encoded folder with captions is "mscoco256"; with labels it is "imagenet256", or
-    "imagenet512" where latents are wider than 32; else it is "latents". Raises as `load` does.
+    "imagenet512" where latents are wider than 32; else it is "latents". Raises ValueError where there is neither.
     """
-    takes = f"--data takes {', '.join(DATASETS)}, or a folder of images or latents"
     if name in DATASETS:
         return name
-    if not Path(name).exists():
-        raise FileNotFoundError(f"{name}: no such data set or folder; {takes}")
     if not Path(name).is_dir():
-        raise ValueError(f"{name}: not a folder; {takes}")
+        what = "not a folder" if Path(name).exists() else "no such data set or folder"
+        raise ValueError(f"{name}: {what}; --data takes {', '.join(DATASETS)}, or a folder of images or latents")
     if not (Path(name) / "encoding.json").exists():
         return "folder"
     encoding = read_encoding(name)
@@ -78,19 +81,18 @@ def kind(name):
 
 
 class Images:
-    """A data set: `length` images x_0 of `shape` (C, H, W), labels (N,) int64 or None, and the names of the classes.
+    """A data set of image files, which worker processes read with read_file(path, image_size) when they are needed.
 
-    A data set on disk defines read(index, choice) -> [x], or [x, text features], of one image: see `shuffled`.
+    x_0 has `shape` (C, H, W). `labels` are (N,) int64, or None.
     """
     flip = True         # may x_0 be mirrored? train.py sets it
-    files = ()          # paths of the images, in order, if they come from files
     text = None         # (tokens, width) of the text features, if these are y
     null = None         # (tokens, width) float32: the features of the empty string, if there is text
     encoding = None     # the content of encoding.json, if x_0 are latents
 
-    def __init__(self, length, shape, labels, class_names):
-        self.length, self.shape, self.labels, self.class_names = length, tuple(shape), labels, tuple(class_names)
-        self.num_classes = len(self.class_names)
+    def __init__(self, files, labels, class_names, shape, read_file=None):
+        self.files, self.labels, self.class_names, self.shape = files, labels, tuple(class_names), tuple(shape)
+        self.length, self.num_classes, self.read_file = len(files), len(self.class_names), read_file
 
     def __len__(self):
         return self.length
@@ -100,25 +102,24 @@ class Images:
 
         files: a checksum of the images' paths below their folder and of their sizes in bytes; None without files.
         """
-        checksum = hashlib.sha256()
+        checksum = self.encoding and self.encoding["files"]
         if self.files:      # they are sorted, so all lie in the folder that the first and the last share
-            start = len(os.path.commonpath([os.path.dirname(self.files[0]), os.path.dirname(self.files[-1])]))
-        for file in self.files:
-            checksum.update(os.fsencode(f"{file[start:]} {os.path.getsize(file)}\n"))
-        files = checksum.hexdigest() if self.files else None
-        return {"count": len(self), "class_names": list(self.class_names), "files": files}
+            start = len(os.path.commonpath([self.files[0], self.files[-1]]))
+            lines = "".join(f"{file[start:]} {os.path.getsize(file)}\n" for file in self.files)
+            checksum = hashlib.sha256(os.fsencode(lines)).hexdigest()
+        return {"count": len(self), "class_names": list(self.class_names), "files": checksum}
+
+    def read(self, places):
+        """The batch (x, y or None) of an array (n, 2) of `shuffled`."""
+        x = torch.stack([self.read_file(self.files[index], self.shape[-1]) for index in places[:, 0]])
+        return x, None if self.labels is None else self.labels[places[:, 0]]
 
     def __getitem__(self, places):
-        """The batch of an array (n, 2) of `shuffled`: [x], or [x, y].
-
-        An error is returned, and `batches` raises it: if a worker raised it, it would arrive as a stack trace.
-        """
+        """The same, or an error, which `batches` raises: raised by a worker, it would arrive as a stack trace."""
         try:
-            rows = [self.read(int(index), int(choice)) for index, choice in places]
+            return self.read(places)
         except (ValueError, OSError, MemoryError) as error:
             return error
-        columns = [torch.stack(column) for column in zip(*rows)]
-        return columns if self.labels is None else [*columns, self.labels[places[:, 0]]]
 
     def batches(self, order, device, workers=0):
         """Yield x, uint8 (n, C, H, W), and y, (n,) or None, for each array (n, 2) of `order` (see `shuffled`).
@@ -130,8 +131,8 @@ class Images:
                 pin_memory=torch.device(device).type == "cuda"):
             if isinstance(batch, Exception):
                 raise batch
-            x, *y = (part.to(device, non_blocking=True) for part in batch)
-            yield x, (y[0].float() if self.text else y[0]) if y else None
+            x, y = (None if part is None else part.to(device, non_blocking=True) for part in batch)
+            yield x, y.float() if self.text else y
 
     def draws(self, n, generator):
         """The random numbers that `prepare` needs for n images: whether each is mirrored, (n,) bool."""
@@ -147,25 +148,14 @@ class ImagesInMemory(Images):
     """uint8 images (N, C, H, W), held on the training device."""
 
     def __init__(self, images, labels=None, class_names=(), files=()):
-        super().__init__(len(images), images.shape[1:], labels, class_names)
-        self.images, self.files = images, files
+        super().__init__(files, labels, class_names, images.shape[1:])
+        self.images, self.length = images, len(images)
 
     def batches(self, order, device, workers=0):
         images, labels = self.images.to(device), None if self.labels is None else self.labels.to(device)
         for places in order:
             index = torch.as_tensor(places[:, 0]).to(device, non_blocking=True)
             yield images[index], None if labels is None else labels[index]
-
-
-class ImagesOnDisk(Images):
-    """Image files, which read_file(path, image_size) turns into uint8 (3, image_size, image_size)."""
-
-    def __init__(self, files, labels, class_names, image_size, read_file):
-        super().__init__(len(files), (3, image_size, image_size), labels, class_names)
-        self.files, self.read_file = files, read_file
-
-    def read(self, index, choice):
-        return [self.read_file(self.files[index], self.shape[-1])]
 
 
 class Latents(Images):
@@ -177,17 +167,20 @@ class Latents(Images):
     Raises ValueError where the folder is incomplete, damaged or of another image size.
     """
 
-    def __init__(self, root, image_size=None):
+    def __init__(self, root, image_size=None, split="train"):
         self.root, self.encoding = str(root), read_encoding(root)
-        count, classes, text = (self.encoding[key] for key in ("count", "class_names", "text"))
+        if split != "train":
+            raise ValueError(f"{root}: latents have no test split; encode the images to test on into another folder")
         if image_size not in (None, self.encoding["image_size"]):
             raise ValueError(f"{root}: encoded at image size {self.encoding['image_size']}, not {image_size}")
         for name in self.encoding["tables"]:
             for path, *_ in missing_files(root, name, self.encoding):
                 raise ValueError(f"{root}: not all is encoded ({name}/{path.name} is missing or damaged); run the same "
                                  "command of encode.py again, it continues")
+        count, classes, text = (self.encoding[key] for key in ("count", "class_names", "text"))
         labels = torch.from_numpy(self.array("labels", count)) if classes else None
-        super().__init__(count, self.encoding["shape"], labels, classes)
+        super().__init__((), labels, classes, self.encoding["shape"])
+        self.length = count
         if text:
             self.text, self.flip, self.captions = tuple(text), False, self.array("captions", count + 1)
             self.null = torch.from_numpy(self.array("null", text[0]).astype(np.float32))
@@ -200,28 +193,29 @@ class Latents(Images):
                 return array
         raise ValueError(f"{path} is missing, damaged or not of length {length}; encode again")
 
-    def row(self, name, index):
-        """Row `index` of a table: of moments, or of text."""
+    def rows(self, name, indices):
+        """These rows of a table, moments or text."""
         (_, *shape), dtype = self.encoding["tables"][name], np.dtype(self.encoding["type"])
-        size, place = math.prod(shape), index % self.encoding["batch_size"]
-        path = f"{self.root}/{name}/{index - place:09d}.bin"
-        row = np.fromfile(path, dtype, size, offset=place * size * dtype.itemsize)
-        if len(row) < size:
-            raise ValueError(f"{path}: damaged; remove it and encode again")
-        return torch.from_numpy(row.reshape(shape))
+        step, rows = self.encoding["batch_size"], np.empty((len(indices), *shape), dtype)
+        for row, index in zip(rows, indices.tolist()):
+            path = f"{self.root}/{name}/{index - index % step:09d}.bin"
+            found = np.fromfile(path, dtype, row.size, offset=index % step * row.nbytes)
+            if len(found) < row.size:
+                raise ValueError(f"{path}: damaged; remove it and encode again")
+            row[:] = found.reshape(shape)
+        return torch.from_numpy(rows)
 
-    def read(self, index, choice):
+    def read(self, places):
+        index, choice = places.T
+        x = self.rows("moments", index)
         if not self.text:
-            return [self.row("moments", index)]
-        first, end = self.captions[index:index + 2].tolist()
-        return [self.row("moments", index), self.row("text", first + choice % (end - first))]
-
-    def identity(self):
-        return {**super().identity(), "files": self.encoding["files"]}
+            return x, None if self.labels is None else self.labels[index]
+        first, end = self.captions[index], self.captions[index + 1]
+        return x, self.rows("text", first + choice % (end - first))
 
     def examples(self, n):
         """Text features (n, tokens, width) float32: the first captions of n images, evenly spaced."""
-        return torch.stack([self.read(i * len(self) // n, 0)[1] for i in range(n)]).float()
+        return self.rows("text", self.captions[np.arange(n) * len(self) // n]).float()
 
     def draws(self, n, generator):
         """Whether each is mirrored, (n,) bool, and the noise (n, C, h, w) that its latent is drawn with."""
@@ -249,27 +243,25 @@ def read_encoding(root):
         if text:
             tables["text"] = [encoding["tables"]["text"][0], *text]
         numbers = [encoding["image_size"], encoding["batch_size"], *sum(tables.values(), [])]
-        sensible = (tables == encoding["tables"] and all(type(number) is int and number > 0 for number in numbers)
-                    and encoding["image_size"] % width == 0 and 0 < encoding["scale"] < math.inf
-                    and encoding["type"] in ("float16", "float32") and isinstance(encoding["class_names"], list)
-                    and all(isinstance(encoding[key], str) for key in ("autoencoder", "files")))
+        if not (tables == encoding["tables"] and all(type(number) is int and number > 0 for number in numbers)
+                and encoding["image_size"] % width == 0 and 0 < encoding["scale"] < math.inf
+                and encoding["type"] in ("float16", "float32") and isinstance(encoding["class_names"], list)
+                and all(isinstance(encoding[key], str) for key in ("autoencoder", "files"))):
+            raise ValueError("a count, shape, scale or other value makes no sense")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{root}: its encoding.json is not one of encode.py, or of an older version ({error!r}); "
                          "encode again, to another --out") from None
-    if not sensible:
-        raise ValueError(f"{root}: its encoding.json has a count, shape, scale or other value that makes no sense")
     return encoding
 
 
 def missing_files(root, name, encoding):
     """The files of a table that are not there, or not whole: yields (path, first row, end)."""
     (count, *shape), step = encoding["tables"][name], encoding["batch_size"]
-    row, folder = math.prod(shape) * np.dtype(encoding["type"]).itemsize, Path(root, name)
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)} if folder.is_dir() else {}
+    row = math.prod(shape) * np.dtype(encoding["type"]).itemsize
     for first in range(0, count, step):
-        file, end = f"{first:09d}.bin", min(first + step, count)
-        if sizes.get(file) != (end - first) * row:
-            yield folder / file, first, end
+        path, end = Path(root, name, f"{first:09d}.bin"), min(first + step, count)
+        if not path.is_file() or path.stat().st_size != (end - first) * row:
+            yield path, first, end
 
 
 @lru_cache(maxsize=2)
@@ -322,11 +314,6 @@ def centre(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def to_tensor(image):
-    """Pillow's RGB image -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def read_image(path, size):
     """An image file -> uint8 (3, size, size): RGB, short side scaled to `size`, centre cropped.
 
@@ -338,13 +325,13 @@ def read_image(path, size):
     if min(image.size) != size:
         scale = size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    return to_tensor(centre(image, size))
+    return pil_to_tensor(centre(image, size))
 
 
 def read_square(path, size):
     """An image file -> uint8 (3, size, size): its central square, scaled with Lanczos, as U-ViT reads MS-COCO."""
     image = open_image(path)
-    return to_tensor(centre(image, min(image.size)).resize((size, size), Image.LANCZOS))
+    return pil_to_tensor(centre(image, min(image.size)).resize((size, size), Image.LANCZOS))
 
 
 def read_face(path, size):
@@ -352,59 +339,68 @@ def read_face(path, size):
     image = open_image(path)
     if image.size != (178, 218):
         raise ValueError(f"{path}: {image.width}x{image.height}, not an aligned image of CelebA, which is 178x218")
-    return to_tensor(image.crop((25, 57, 153, 185)).resize((size, size), Image.BILINEAR))
+    return pil_to_tensor(image.crop((25, 57, 153, 185)).resize((size, size), Image.BILINEAR))
 
 
-def visible(folder):
-    """The files and folders in a folder that are not hidden: os.DirEntry, sorted by name."""
-    return sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
+HELD_OUT = ("val", "valid", "validation", "test")     # beside train/; split "test" reads the first that is there
 
 
-def images_among(entries, above=None):
-    """Paths of the image files among these entries and, if `above` is given, in the folders among them.
+def folders_in(root):
+    """Names of the folders in a folder, sorted, hidden ones left out."""
+    return tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
 
-    above   real paths of the folders that hold them: links to folders are followed, but not in a circle
-    """
-    for entry in entries:
-        if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+
+def images_below(folder):
+    """Paths of the images in a folder and in the folders in it, sorted by name, hidden ones left out."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name[0] == ".":
+            continue
+        if entry.is_dir():
+            yield from images_below(entry.path)
+        elif entry.name.lower().endswith(SUFFIXES):
             yield entry.path
-        elif above is not None and entry.is_dir() and (real := os.path.realpath(entry.path)) not in above:
-            yield from images_among(visible(entry.path), (*above, real))
 
 
-def list_images(root):
+def list_images(root, split="train", advice=""):
     """A folder -> (paths of its images, labels or None, class names). Sub-folders are classes. Prints what it found.
 
-    Classes are in the order of their names as text (1, 10, 2), as in torchvision. Where train/ lies alone or beside
-    val/ or test/, train/ is read.
-    Raises ValueError where there is no image, a class without one, or images beside classes.
+    Classes are in the order of their names as text (1, 10, 2), as in torchvision. Where train/ lies alone or beside a
+    folder of HELD_OUT, one of the two is read, as `split` says.
+    Raises FileNotFoundError, with this advice, where there is no such folder; ValueError where there is no image, a
+    class without one, images beside classes, or no test split of the same classes.
     """
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such folder")
-    entries = visible(root)
-    files, folders = list(images_among(entries)), {entry.name: entry.path for entry in entries if entry.is_dir()}
-    if "train" in folders and (len(folders) == 1 or {"val", "valid", "validation", "test"} & folders.keys()):
-        return list_images(folders["train"])
-    if files and folders:
-        raise ValueError(f"{root}: holds images beside folders ({min(folders)}, ..); keep either images, or a "
-                         "folder for each class")
+        raise FileNotFoundError(f"{root}: no such folder{advice}")
+    folders, labels = folders_in(root), None
+    train, held_out = os.path.join(root, "train"), [os.path.join(root, name) for name in HELD_OUT if name in folders]
+    if split == "test":
+        if "train" not in folders or not held_out:
+            raise ValueError(f"{root}: has no test split, which is a folder {' or '.join(HELD_OUT)} beside train")
+        if folders_in(held_out[0]) != folders_in(train):
+            raise ValueError(f"{held_out[0]}: its class folders are not those of {train}")
+        return list_images(held_out[0])
+    if "train" in folders and (held_out or len(folders) == 1):
+        return list_images(train)
+    files = list(images_below(root))
     if not files and not folders:
         raise ValueError(f"{root}: holds no image ({', '.join(SUFFIXES)})")
-    labels = []
-    for label, folder in enumerate(folders.values()):
-        found = list(images_among(visible(folder), (os.path.realpath(folder),)))
-        if not found:
-            raise ValueError(f"{folder}: class folder without an image; remove it or fill it")
-        files += found
-        labels += [label] * len(found)
+    if folders:
+        number, start = {name: label for label, name in enumerate(folders)}, len(os.path.join(root, ""))
+        classes = [file[start:].split(os.sep)[0] for file in files]
+        if set(classes) - number.keys():
+            raise ValueError(f"{root}: holds images beside folders ({folders[0]}, ..); keep either images, or a folder "
+                             "for each class")
+        if empty := number.keys() - set(classes):
+            raise ValueError(f"{os.path.join(root, min(empty))}: class folder without an image; remove it or fill it")
+        labels = torch.tensor([number[name] for name in classes])
     say(f"{root}: {len(files)} images, {len(folders) or 'no'} class{'es' * (len(folders) != 1)}")
-    return files, torch.tensor(labels) if folders else None, tuple(folders)
+    return files, labels, folders
 
 
 def from_files(files, labels, names, image_size, read_file=read_image):
     """The images in these files (see `list_images`): in memory if they are small, and else on disk."""
     if len(files) * 3 * image_size**2 > IN_MEMORY:
-        return ImagesOnDisk(files, labels, names, image_size, read_file)
+        return Images(files, labels, names, (3, image_size, image_size), read_file)
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         read = pool.map(partial(read_file, size=image_size), files)
@@ -426,12 +422,10 @@ def save_grid(images, path, rows=0):
     """
     if images.shape[1] != 3:
         raise ValueError(f"{path}: a picture needs 3 channels, these images have {images.shape[1]} (latents?)")
-    images, columns = images.cpu(), math.ceil(len(images) / rows if rows else len(images) ** 0.5)
-    if rows:
-        white = images.new_full((rows * columns - len(images), *images.shape[1:]), 255)
-        images = torch.cat([images, white]).unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
-    grid = torchvision.utils.make_grid(images, nrow=columns, padding=2, pad_value=255)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+    grid = partial(torchvision.utils.make_grid, padding=2, pad_value=255)       # fills row by row
+    images = images.cpu()
+    picture = grid(images.mT, nrow=rows).mT if rows else grid(images, nrow=math.ceil(len(images) ** 0.5))
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,77 +434,65 @@ def save_grid(images, path, rows=0):
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def download(name, root, advice, **options):
-    """A data set by torchvision's class of that name. Raises FileNotFoundError, with this advice, where that fails."""
-    try:
-        return getattr(torchvision.datasets, name)(root, download=True, **options)
-    except Exception as error:      # URLError, OSError, RuntimeError (a wrong checksum, Google's quota, no gdown)
-        raise FileNotFoundError(f"{name}: not in {root}, and the download failed ({one_line(error)}); {advice}, or say "
-                                "where it is with --data-dir") from None
+def cifar10(data_dir="data", image_size=32, split="train"):
+    """The 50,000 or 10,000 images of CIFAR10, 32x32 (or means of their pixels: 16x16, 8x8, ..), ten classes.
 
-
-def cifar10(data_dir=None, image_size=None):
-    """The 50,000 training images of CIFAR10, 32x32 (or means of their pixels: 16x16, 8x8, ..), ten classes.
-
-    From torchvision's files in data_dir (default data/), downloaded if they are not there; or from class folders in
-    data_dir or data_dir/train (airplane/, automobile/, ..).
+    From torchvision's files in data_dir, downloaded if they are not there; or from class folders (airplane/,
+    automobile/, ..) in data_dir/train and data_dir/test, or in data_dir.
     """
-    root, size = Path(data_dir or "data"), image_size or IMAGE_SIZE["cifar10"]
-    if 32 % size:
-        raise ValueError(f"cifar10: image_size {size}; its images are 32x32, and can be 16x16 or 8x8 (give a folder of "
-                         "images to --data for other sizes)")
-    if any((folder / "airplane").is_dir() for folder in (root, root / "train")):
-        dataset = from_files(*list_images(root), 32)
+    if 32 % image_size:
+        raise ValueError(f"cifar10: image_size {image_size}; its images are 32x32, and can be 16x16 or 8x8 (give a "
+                         "folder of images to --data for other sizes)")
+    if any(Path(data_dir, folder, "airplane").is_dir() for folder in ("", "train")):
+        dataset = from_files(*list_images(data_dir, split), 32)
         if dataset.class_names != CIFAR10_CLASSES:
-            raise ValueError(f"{root}: its folders are not CIFAR10's classes ({', '.join(CIFAR10_CLASSES)})")
+            raise ValueError(f"{data_dir}: its folders are not CIFAR10's classes ({', '.join(CIFAR10_CLASSES)})")
     else:
-        files = download("CIFAR10", root, "put cifar-10-python.tar.gz there "
-                         "(https://www.cs.toronto.edu/~kriz/cifar.html)", train=True)
-        images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
-        dataset = ImagesInMemory(images, torch.tensor(files.targets), CIFAR10_CLASSES)
-    if size < 32:
-        cells = dataset.images.unflatten(3, (size, -1)).unflatten(2, (size, -1))
-        dataset.images, dataset.shape = cells.float().mean((3, 5)).round().byte(), (3, size, size)
+        try:
+            found = torchvision.datasets.CIFAR10(data_dir, train=split == "train", download=True)
+        except Exception as error:      # URLError, OSError, RuntimeError (a wrong checksum)
+            raise FileNotFoundError(f"cifar10: not in {data_dir}, and the download failed ({one_line(error)}); put "
+                                    "cifar-10-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) there, or "
+                                    "say where it is with --data-dir") from None
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        dataset = ImagesInMemory(images, torch.tensor(found.targets), CIFAR10_CLASSES)
+    if image_size < 32:
+        means = F.avg_pool2d(dataset.images.float(), 32 // image_size).round().byte()
+        dataset = ImagesInMemory(means, dataset.labels, CIFAR10_CLASSES, dataset.files)
     return dataset
 
 
-def celeba64(data_dir=None, image_size=None):
-    """The faces of CelebA, cropped as in U-ViT, 64x64, no labels.
+def celeba64(data_dir="data/celeba", image_size=64, split="train"):
+    """The aligned faces of CelebA, in data_dir or a folder in it, cropped as in U-ViT, no labels, no test split.
 
-    The aligned images lie in data_dir (default data/celeba) or in a folder in it (img_align_celeba/). Without that
-    default folder torchvision's download is tried. Of all 202,599 images, the first 162,770 are used, which are the
-    training split; of any other number, all.
+    Of all 202,599 images, the first 162,770 are used, which are the training split; of any other number, all.
     """
-    root = Path(data_dir or "data/celeba")
-    if not root.is_dir():
-        download("CelebA", "data", "unpack img_align_celeba.zip (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) in "
-                 f"{root}")
-    files = list_images(root)[0]
+    if split == "test":
+        raise ValueError("celeba64: has no test split here; CelebA's faces have no labels to test on")
+    files, *_ = list_images(data_dir, advice="; unpack img_align_celeba.zip there "
+                            "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html), or say where it is with --data-dir")
     files = files[:162_770] if len(files) == 202_599 else files
-    return from_files(files, None, (), image_size or IMAGE_SIZE["celeba64"], read_face)
+    return from_files(files, None, (), image_size, read_face)
 
 
-def imagenet64(data_dir=None, image_size=None):
-    """ImageNet's class folders (n01440764/, ..) in data_dir (default data/imagenet) or data_dir/train, at 64x64.
+def imagenet64(data_dir="data/imagenet", image_size=64, split="train"):
+    """ImageNet's class folders (n01440764/, ..) in data_dir/train and data_dir/val, or in data_dir.
 
     They are decoded anew in every epoch. A photograph of 500x375 takes 3 ms of a core, so --workers decides the speed.
     """
-    root = Path(data_dir or "data/imagenet")
-    if not root.is_dir():
-        raise FileNotFoundError(f"imagenet64: no folder {root}; put ImageNet's class folders (https://image-net.org) "
-                                "there, or say where they are with --data-dir")
-    files, labels, names = list_images(root)
+    files, labels, names = list_images(data_dir, split, "; put ImageNet's class folders there (https://image-net.org), "
+                                       "or say where they are with --data-dir")
     if labels is None:
-        raise ValueError(f"imagenet64: {root} holds images, not a folder for each class")
-    return from_files(files, labels, names, image_size or IMAGE_SIZE["imagenet64"])
+        raise ValueError(f"imagenet64: {data_dir} holds images, not a folder for each class")
+    return from_files(files, labels, names, image_size)
 
 
-def encoded(name, flags, data_dir=None, image_size=None):
+def encoded(name, flags, data_dir=None, image_size=None, split="train"):
     """The latents of a named data set, from data_dir (default data/<name>), where encode.py wrote them."""
     root = Path(data_dir or f"data/{name}")
     if not (root / "encoding.json").exists():
         raise FileNotFoundError(f"{name}: no latents in {root}; this makes them: python encode.py {flags} --out {root}")
-    return Latents(root, image_size)
+    return Latents(root, image_size, split)
 
 
 def box(x, y, width, height):
@@ -533,32 +515,32 @@ SHAPES = {      # ten classes: a colour, and the signed distance of (x, y) from 
 }
 
 
-def shapes(data_dir=None, image_size=None, length=10_000):
-    """Drawn shapes: image i is of class i % 10, its place and size drawn from a generator seeded with i."""
-    images = torch.tensor(draw_shapes(image_size or IMAGE_SIZE["shapes"], length))      # a copy of what is kept
-    return ImagesInMemory(images, torch.arange(length) % len(SHAPES), SHAPES)
+def shapes(data_dir=None, image_size=16, split="train", length=10_000):
+    """Drawn shapes: the first `length` images, or for split "test" the 1000 after them. Image i is of class i % 10."""
+    indices = range(length) if split == "train" else range(length, length + 1000)
+    images = torch.tensor(draw_shapes(image_size, indices))     # a copy of what is kept
+    return ImagesInMemory(images, torch.tensor(indices) % len(SHAPES), SHAPES)
 
 
 @lru_cache(maxsize=2)
-def draw_shapes(size, length):
-    """The images of `shapes`, uint8 (length, 3, size, size), drawn class by class."""
-    images = np.empty((length, 3, size, size), np.uint8)
-    places = np.stack([np.random.default_rng(i).uniform(-1, 1, 3) for i in range(length)])
+def draw_shapes(size, indices):
+    """uint8 images (N, 3, size, size) of `shapes`. Place and size of image i are drawn by a generator seeded with i."""
+    images = np.empty((len(indices), 3, size, size), np.uint8)
     centres = (np.arange(size) + 0.5) / size - 0.5      # of the pixels
-    for first, (label, (colour, distance)) in product(range(0, length, 500), enumerate(SHAPES.values())):
-        some = slice(first + label, min(first + 500, length), len(SHAPES))      # few enough for the processor's cache
-        dx, dy, scale = places[some].T[..., None, None]
+    kinds = [(np.array(colour)[:, None, None], distance) for colour, distance in SHAPES.values()]
+    for image, i in zip(images, indices):
+        colour, distance = kinds[i % len(kinds)]
+        dx, dy, scale = np.random.default_rng(i).uniform(-1, 1, 3)
         radius = 0.36 + 0.03 * scale        # in units of the image's size, like the place
         x, y = (centres[None, :] - dx / 16) / radius, (centres[:, None] - dy / 16) / radius
         cover = np.clip(0.5 - distance(x, y) * radius * size, 0, 1)     # share of each pixel inside: smooth edges
-        for channel, value in enumerate(colour):
-            images[some, channel] = (GREY + cover * (value - GREY)).round()
+        image[:] = (GREY + cover * (colour - GREY)).round()
     return images
 
 
 class Named(NamedTuple):
     """A data set with a name: the function that loads it, and what is known of it before it is there."""
-    load: Callable              # (data_dir, image_size) -> Images
+    load: Callable              # (data_dir, image_size, split) -> Images
     image_size: int             # height and width of the images, unless another one is asked for
     shape: tuple                # of x_0
     num_classes: int
@@ -599,16 +581,20 @@ def one_line(error, most=200):
     return " ".join(str(error).split())[:most]
 
 
-MORE_THAN_0, LESS_THAN_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 BOUNDS = [      # of the numbers on the command lines: smallest, largest, in words, flags
     (1, math.inf, "at least 1", "steps sample_steps accumulate log_every save_every num_images cfg_channels k repeats"),
     (1, 2**20, "1 to 1048576", "batch_size"),
     (1, 2**14, "1 to 16384", "image_size size"),
-    (0, math.inf, "at least 0", "lr warmup weight_decay clip_grad sample_every grad_checkpoint"),
+    (0, math.inf, "at least 0",
+     "lr min_lr warmup weight_decay clip_grad sample_every grad_checkpoint mixup cutmix labels_per_class"),
+    (0, 10, "0 to 10", "rand_augment"),
+    (0, 1, "0 to 1", "erasing smoothing"),
+    (math.nextafter(0, 1), 1, "more than 0, at most 1", "crop layer_decay"),
+    (0, math.nextafter(1, 0), "at least 0 and less than 1", "drop_path"),
     (0, 1024, "0 to 1024", "workers"),
     (0, 1, "0 to 1", "label_dropout cfg_interval time"),
-    (0, LESS_THAN_1, "at least 0 and less than 1", "ema betas"),
-    (MORE_THAN_0, math.inf, "more than 0", "scale noise_scale"),
+    (0, math.nextafter(1, 0), "at least 0 and less than 1", "ema betas"),
+    (math.nextafter(0, 1), math.inf, "more than 0", "scale noise_scale"),
     (0, 2**63 - 1, "0 to 2**63 - 1", "seed"),
 ]
 
@@ -620,56 +606,45 @@ def check(values):
     """
     bounds = {flag: row for *row, flags in BOUNDS for flag in flags.split()}
     for flag, value in values.items():
-        low, high, words = bounds.get(flag, (-math.inf, math.inf, ""))
+        low, high, words = bounds.get(flag, (-math.inf, math.inf, "finite"))
         for number in value if isinstance(value, (list, tuple)) else [value]:
-            if not isinstance(number, (int, float)):
-                continue
-            finite = -math.inf < number < math.inf
-            if not (finite and low <= number <= high):
-                raise ValueError(f"--{flag.replace('_', '-')} {number}: must be {words if finite else 'finite'}")
+            if isinstance(number, (int, float)) and not (low <= number <= high and abs(number) < math.inf):
+                raise ValueError(f"--{flag.replace('_', '-')} {number}: must be "
+                                 f"{words if abs(number) < math.inf else 'finite'}")
 
 
 @contextlib.contextmanager
 def lock(path):
-    """Hold `path`, a folder or a file that this process writes, until the block ends.
+    """Hold `path`, a folder or a file that this process (rank 0 of a command) writes, until the block ends.
 
     The lock is the kernel's (flock), on a hidden file: .lock in a folder, .<name>.lock beside a file. It ends with the
-    process, however that dies. Raises ValueError, in one line that names the holder, where another process has it.
-    One process of a command takes it (rank 0). A network file system may hold such a lock for one machine only, or not
-    at all: then two machines can still write to one place. A file system without locks gets a warning.
+    process, however that dies. Raises ValueError, which names the holder, where another process has it. A network file
+    system may hold such a lock for one machine only. One without locks gets a warning.
     """
     path = Path(path)
     name = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
-
-    def still_there():      # the previous holder may have removed it between our opening and our locking
-        with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(name))
-
-    while True:
-        with writing(path):
-            name.parent.mkdir(parents=True, exist_ok=True)
-            file = open(name, "a+")
+    with writing(path):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        file = open(name, "a+")
+    os.register_at_fork(after_in_child=file.close)      # a worker that outlives this process must not hold the lock
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
+                raise BlockingIOError       # since we opened it, its holder removed it, and another made a new one
+        except (BlockingIOError, FileNotFoundError):
             file.seek(0)
             raise ValueError(f"{path}: {one_line(file.read(), 400) or 'another process'} writes there; wait until it "
                              "ends, stop it, or give another --out") from None
         except OSError as error:
             say(f"{path}: this file system has no locks ({error}); start no second command there")
-        if still_there():
-            break
-        file.close()
-    os.register_at_fork(after_in_child=file.close)      # a worker that outlives this process must not hold the lock
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:200]}, since {time.ctime()})",
-          file=file, flush=True)
-    try:
-        yield
-    finally:
-        if still_there():
-            name.unlink()
-        file.close()
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:200]}, since {time.ctime()})",
+              file=file, flush=True)
+        try:
+            yield
+        finally:
+            name.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -690,11 +665,8 @@ def command(script, main, interrupted):
     interrupted   what to say after ctrl-C, SIGTERM or SIGHUP (a closed terminal)
     A reader that has read enough (`| head -1`) ends it quietly.
     """
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]     # as nohup does
-    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         try:
             main()

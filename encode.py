@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import ImagesOnDisk, list_images, one_line, read_image, read_square, to_uint8
+from data import Images, list_images, one_line, read_image, read_square, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stable Diffusion's autoencoder and CLIP. Only this part needs diffusers and transformers.
@@ -207,12 +207,13 @@ def encode(args):
     """
     data.check(vars(args))
     rank, world, device = place(args.device)
+    size = args.image_size
     labels, names, captions = None, (), ()
     if args.captions:
         files, index, captions = read_captions(args.captions, args.images)
     else:
         files, labels, names = list_images(args.images)
-    images = ImagesOnDisk(files, None, (), args.image_size, read_square if captions else read_image)
+    images = Images(files, None, (), (3, size, size), read_square if captions else read_image)
     content = json.dumps([images.identity()["files"], captions])
     usual = ENCODINGS["mscoco256" if captions else "imagenet256"]
     autoencoder, clip = (str(Path(name).resolve()) if Path(name).is_dir() else name
@@ -222,15 +223,15 @@ def encode(args):
     vae = Autoencoder(autoencoder, device)
     text = TextEncoder(clip, device) if captions else None
     dtype, out = getattr(torch, args.type), Path(args.out)
-    shape = vae.moments(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1:]
-    if args.image_size % shape[-1]:
-        raise ValueError(f"--image-size {args.image_size}: latents of {shape[-1]} would decode to another size")
+    shape = vae.moments(torch.zeros(1, 3, size, size)).shape[1:]
+    if size % shape[-1]:
+        raise ValueError(f"--image-size {size}: latents of {shape[-1]} would decode to another size")
     arrays, tables = {"labels": labels} if names else {}, {"moments": [len(files), 1 if captions else 2, *shape]}
     if captions:
         arrays = {"captions": index, "null": text([""])[0].to(dtype).cpu()}
         tables["text"] = [len(captions), *arrays["null"].shape]
     encoding = dict(
-        autoencoder=autoencoder, scale=scale, clip=clip if captions else None, image_size=args.image_size,
+        autoencoder=autoencoder, scale=scale, clip=clip if captions else None, image_size=size,
         batch_size=args.batch_size, type=args.type, count=len(files), shape=[shape[0] // 2, *shape[1:]],
         text=tables["text"][1:] if captions else None, class_names=list(names), tables=tables,
         files=hashlib.sha256(content.encode()).hexdigest())
