@@ -262,9 +262,9 @@ class FCMAE(nn.Module):
             initialise(part)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def draw_mask(self, n, device=None):
+    def draw_mask(self, n, device=None, generator=None):
         """Draw which patches of n images to remove -> (n, L), 1 = removed."""
-        order = torch.rand(n, self.patches, device=device).argsort(dim=1)
+        order = torch.rand(n, self.patches, device=device, generator=generator).argsort(dim=1)
         return torch.ones(n, self.patches, device=device).scatter(1, order[:, :self.kept], 0)
 
     def encode(self, x, mask):

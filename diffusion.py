@@ -525,7 +525,8 @@ class ImageNoise:
 
     def __call__(self, x):
         draws = [g.standard_normal(tuple(x.shape[1:]), dtype=np.float32) for g in self.generators]
-        return torch.from_numpy(np.stack(draws)).to(x)
+        noise = torch.from_numpy(np.stack(draws))       # pinned memory goes up while a GPU still runs the network
+        return (noise.pin_memory() if x.is_cuda else noise).to(x, non_blocking=True)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ This file imports only torch and can be copied into another project. The paramet
 checkpoints, which load with strict=True. test_all.py compares outputs with the released code's (relative error < 1e-5).
 """
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -129,8 +130,8 @@ class Block(nn.Module):
     def forward(self, x, c):
         if self.design == "adaln_zero":                                     # shift, scale, gate: each (N, 1, D)
             shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-            x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
-            return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+            x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+            return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
         if self.design == "adaln":
             shift1, scale1, shift2, scale2 = self.adaLN_modulation(c)[:, None].chunk(4, dim=-1)
             x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
@@ -269,6 +270,39 @@ class DiT(nn.Module):
 
 def describe(y):
     return "none" if y is None else f"shape {tuple(y.shape)} of {y.dtype}"
+
+
+# The tensors of diffusers' DiTTransformer2DModel have other names, of which these parts become ours
+DIFFUSERS = {
+    "transformer_blocks.": "blocks.", ".attn1.to_out.0.": ".attn.proj.", ".norm1.linear.": ".adaLN_modulation.1.",
+    ".ff.net.0.proj.": ".mlp.fc1.", ".ff.net.2.": ".mlp.fc2.", "pos_embed.proj.": "x_embedder.proj.",
+    "proj_out_1.": "final_layer.adaLN_modulation.1.", "proj_out_2.": "final_layer.linear.",
+    "blocks.0.norm1.emb.timestep_embedder.linear_1.": "t_embedder.mlp.0.",
+    "blocks.0.norm1.emb.timestep_embedder.linear_2.": "t_embedder.mlp.2.",
+    "blocks.0.norm1.emb.class_embedder.": "y_embedder.",
+}
+
+
+def from_diffusers(state):
+    """A state dict of diffusers' DiTTransformer2DModel -> one of DiT. What is not in DIFFUSERS keeps its name.
+
+    There q, k and v are separate, and each block embeds time and label itself. Raises ValueError where blocks do that
+    differently, which a DiT can not, and KeyError on missing tensors.
+    """
+    out = {"pos_embed": torch.empty(0)}                                     # the model keeps its own
+    for name, p in state.items():
+        if own := re.fullmatch(r"transformer_blocks\.\d+(\.norm1\.emb\..*)", name):
+            name = f"transformer_blocks.0{own[1]}"
+            if not torch.equal(p, state[name]):
+                raise ValueError(f"its blocks differ in {own[1]}")
+        if ".attn1.to_q." in name:
+            p = torch.cat([state[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")])
+            name = name.replace("attn1.to_q", "attn.qkv")
+        for theirs, ours in DIFFUSERS.items():
+            name = name.replace(theirs, ours)
+        if ".attn1.to_k." not in name and ".attn1.to_v." not in name:       # they went with q
+            out[name] = p
+    return out
 
 
 def preset(**size):

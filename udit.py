@@ -181,8 +181,8 @@ class Block(nn.Module):
         for attn, mlp, modulation in [(self.attn1, self.mlp1, self.adaLN_modulation1),
                                       (self.attn2, self.mlp2, self.adaLN_modulation2)]:
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation(c)[:, None, None].chunk(6, dim=-1)  # (N, 1, 1, D)
-            x = torch.addcmul(x, gate1, attn(modulate(x, shift1, scale1)))
-            x = torch.addcmul(x, gate2, mlp(modulate(x, shift2, scale2)))
+            x = x + gate1 * attn(modulate(x, shift1, scale1))
+            x = x + gate2 * mlp(modulate(x, shift2, scale2))
         return x
 
 
@@ -220,7 +220,8 @@ class UDiT(nn.Module):
             (rotary and width // heads % 4, f"width / heads is {width // heads}, but rotary needs a multiple of 4"),
             (len(depths) != 5, f"depths {depths} is not one number for each of five stages"),
             (downsample not in ("tokens", "kv", "none"), f"downsample {downsample!r} is none of tokens, kv, none"),
-            (downsampler not in ("shortcut", "conv", "shuffle"), f"{downsampler!r} is none of shortcut, conv, shuffle"),
+            (downsampler not in ("shortcut", "conv", "shuffle"),
+             f"downsampler {downsampler!r} is none of shortcut, conv, shuffle"),
         ]:
             if wrong:
                 raise ValueError(f"UDiT: {message}")

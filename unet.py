@@ -214,7 +214,8 @@ class UNet(nn.Module):
             (any(width % head_channels for width in attending),
              f"head_channels {head_channels} does not divide the widths with attention, {sorted(attending)}"),
             (resample not in ("conv", "block"), f"resample {resample!r} is none of 'conv', 'block'"),
-            (num_classes and text_dim, "num_classes and text_dim are both given: a model takes labels or text"),
+            (num_classes and text_dim,
+             f"num_classes {num_classes} and text_dim {text_dim}: a model takes labels or text"),
         ]:
             if wrong:
                 raise ValueError(f"UNet: {message}")

@@ -162,7 +162,8 @@ class UViT(nn.Module):
              f"image_size {self.image_size} is not a multiple of patch_size {patch_size}"),
             (width % heads or width % 2, f"width {width} is not a multiple of heads {heads} (and of 2)"),
             (depth % 2, f"depth {depth} is odd: it counts as many in-blocks as out-blocks"),
-            (num_classes and text_dim, "num_classes and text_dim are both given: a model takes labels or text"),
+            (num_classes and text_dim,
+             f"num_classes {num_classes} and text_dim {text_dim}: a model takes labels or text"),
             (skip not in ("concat", "add", "none"), f"skip {skip!r} is none of 'concat', 'add', 'none'"),
             (time not in ("token", "adaln"), f"time {time!r} is none of 'token', 'adaln'"),
         ]:
@@ -260,7 +261,7 @@ def preset(**size):
 # Table 2 of the paper, with the released code's settings: name -> function(**overrides) -> UViT.
 # Right: M parameters, GMACs per image (and the data set that both belong to).
 MODELS = {
-    "uvit_tiny": preset(patch_size=4, width=192, depth=2, heads=4),                 # learns "shapes" on a laptop CPU
+    "uvit_tiny": preset(patch_size=4, width=160, depth=4, heads=4),                 # learns "shapes" on a laptop CPU
     "uvit_s2": preset(patch_size=2, width=512, depth=12, heads=8),                  # 44.26 M, 12.20 (CIFAR10)
     "uvit_s2_deep": preset(patch_size=2, width=512, depth=16, heads=8),             # 58.35 M, 21.24 (MS-COCO 256)
     "uvit_s4": preset(patch_size=4, width=512, depth=12, heads=8),                  # 44.29 M, 12.21 (CelebA 64)
