@@ -1,22 +1,25 @@
-"""Train a diffusion transformer: one loop, on a CPU, one GPU, or many under torchrun.
+"""Train a diffusion transformer, a masked autoencoder or a classifier: one loop, on a CPU, one GPU, or many (torchrun).
 
-    python train.py --model uvit_tiny --data shapes                         # a laptop, minutes, no download
+    python train.py --model uvit_tiny --data shapes                         # a laptop, two minutes, no download
     torchrun --nproc_per_node=8 train.py --model uvit_s2 --data cifar10     # the paper's recipe
     torchrun --nproc_per_node=8 train.py --model uvit_s4 --data photos/     # your images
+    python train.py --model fcmae_mini --data cifar10                       # learns without labels; then fine-tune it:
+    python train.py --model convnextv2_mini --data cifar10 --init runs/fcmae_mini-cifar10/checkpoint.pt
 
-The first took 343 s on two CPU cores; then 100 of 100 samples showed the class asked for (.ci/endure.py repeats it).
+The first took 91 s on two CPU cores; then 100 of 100 samples showed the class asked for (.ci/endure.py repeats it).
 Every default is the recipe for that model and data (RECIPES): the paper's, where the paper has that data. What is used
-is printed and saved. A run writes --out (default runs/<model>-<data>/): config.json, log.jsonl, samples/<step>.png,
-checkpoint.pt and the one before it, previous.pt. Started again with the same command, it continues where it was.
+is printed and saved. A run writes --out (default runs/<model>-<data>/): config.json, log.jsonl and its picture log.png,
+samples/<step>.png, checkpoint.pt and the one before it, previous.pt. Started again with the same command, it continues
+where it was.
 
-Whatever is random in step k (order, mirroring, times, noise, dropped labels) is a function of (seed, k), drawn for the
-whole batch and sliced by process. So N + M steps equal N, a stop, and M more: to the last bit on a CPU, and on a GPU up
-to the order in which its kernels add (--deterministic fixes it). Rounding apart, so do any number of processes.
+Whatever is random in step k (order, mirroring, times, noise, dropped labels, masks) is a function of (seed, k), drawn
+for the whole batch and sliced by process. So N + M steps equal N, a stop, and M more: to the last bit on a CPU, and on
+a GPU up to the order in which its kernels add (--deterministic fixes it). Rounding apart, so do any number of
+processes; but dropout and stochastic depth are drawn, and images are mixed, within the images of one backward pass.
 """
 import argparse
 import contextlib
 import copy
-import inspect
 import json
 import math
 import os
@@ -24,7 +27,6 @@ import resource
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -32,102 +34,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
+import convnext
 import data
 import diffusion
-import dit
-import encode
-import jit
-import udit
-import unet
-import uvit
+import objectives
+import recipes
 
-MODELS = {**uvit.MODELS, **dit.MODELS, **udit.MODELS, **unet.MODELS, **jit.MODELS}
-NETWORKS = {"uvit": uvit.UViT, "dit": dit.DiT, "udit": udit.UDiT, "unet": unet.UNet, "jit": jit.JiT}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The recipes: a row for each model family and data set, and what single models have otherwise. "folder" serves every
-# folder of images, and named data that a family has no row for. An encoded folder has the row of what it looks like:
-# imagenet256 (labels), imagenet512 (labels, larger than 32 x 32), mscoco256 (captions).
-
-# U-ViT, arXiv:2209.12152, appendix B and the released code
-UVIT = dict(batch_size=128, steps=500_000, warmup=5000, lr=2e-4, weight_decay=0.03, betas=[0.99, 0.99], schedule="vp",
-            class_cond=False, label_dropout=0.0, sampler="euler_maruyama", sample_steps=1000)
-LARGE = dict(UVIT, batch_size=1024, class_cond=True, sampler="dpm_solver", sample_steps=50)
-LATENT = dict(LARGE, schedule="sd", label_dropout=0.1, sampler="dpm_solver++")
-TEXT = dict(LATENT, batch_size=256, steps=1_000_000, betas=[0.9, 0.9], class_cond=False, cfg=2.0, flip=False)
-# DiT, arXiv:2212.09748, section 4; U-DiT, arXiv:2405.02730, section 5. With --schedule flow or gvp, SiT,
-# arXiv:2401.08740, which samples otherwise
-DIT = dict(batch_size=256, steps=400_000, warmup=0, lr=1e-4, weight_decay=0.0, betas=[0.9, 0.999], schedule="ddpm",
-           class_cond=None, label_dropout=0.1, sampler="ddpm", sample_steps=250)
-SIT, SIT_SHAPES = dict(sampler="euler_maruyama", sample_steps=250), dict(sampler="heun", sample_steps=25)
-# JiT, arXiv:2511.13720, and its released code: 600 epochs of ImageNet's pixels, which are a folder of images
-JIT = dict(batch_size=1024, steps=750_600, warmup=6255, lr=2e-4, weight_decay=0.0, betas=[0.9, 0.95], schedule="flow",
-           predict="data", compare="velocity", times=["logit-normal", 0.8, 0.8], class_cond=None, label_dropout=0.1,
-           ema=[0.9999, 0.9996], ema_warmup=False, sampler="heun", sample_steps=50, cfg_interval=[0.0, 0.9])
-# Ours: minutes on two CPU cores; and for own images, a sampler whose first pictures have the colours of the data
-TINY = dict(batch_size=64, steps=10_000, warmup=100, lr=2e-3, weight_decay=0.0, betas=[0.9, 0.99], log_every=50,
-            sample_every=500, save_every=500)
-SHAPES = dict(TINY, steps=5000, lr=3e-3, class_cond=True, label_dropout=0.1, sampler="ddpm", sample_steps=100,
-              clip_x0=True)
-OWN = dict(class_cond=None, label_dropout=0.1, sampler="ddpm", sample_steps=100, clip_x0=True)
-RECIPES = {
-    ("uvit", "cifar10"): dict(UVIT, warmup=2500, betas=[0.99, 0.999]),
-    ("uvit", "celeba64"): UVIT,
-    ("uvit", "imagenet64"): dict(LARGE, steps=300_000, lr=3e-4),
-    ("uvit", "imagenet256"): dict(LATENT, cfg=1.4),
-    ("uvit_l2", "imagenet256"): dict(steps=300_000, schedule="vp", label_dropout=0.15, sampler="dpm_solver"),
-    ("uvit", "imagenet512"): dict(LATENT, cfg=1.7),
-    ("uvit_l4", "imagenet512"): dict(schedule="vp", label_dropout=0.15, sampler="dpm_solver"),
-    ("uvit", "mscoco256"): TEXT,
-    ("uvit", "folder"): dict(UVIT, warmup=2500, betas=[0.99, 0.999], **OWN),
-    ("uvit", "shapes"): dict(SHAPES, lr=4e-3, weight_decay=0.03, schedule="vp"),
-    **{(name, size): dict(DIT, class_cond=True, cfg=1.5)
-       for name in ("dit", "udit") for size in ("imagenet256", "imagenet512")},
-    **{(name, "folder"): dict(DIT, **OWN) for name in ("dit", "udit", "unet")},
-    ("dit", "shapes"): dict(SHAPES, steps=4000, schedule="ddpm"),
-    ("udit", "shapes"): dict(SHAPES, batch_size=32, steps=1500, schedule="ddpm"),
-    # U-Net: IDDPM's, arXiv:2102.09672, but for its betas and dropout; ADM's, arXiv:2105.05233, which DiT took over
-    ("unet", "cifar10"): dict(DIT, batch_size=128, steps=500_000, class_cond=False, label_dropout=0.0,
-                              sample_steps=1000),
-    ("unet", "imagenet256"): dict(LATENT, cfg=1.4),         # U-ViT's, which is compared with it in this setting
-    ("unet", "mscoco256"): TEXT,
-    ("unet", "shapes"): dict(SHAPES, steps=2000, lr=4e-3, weight_decay=0.03, schedule="vp"),
-    ("jit", "folder"): JIT,
-    **{(f"{name}_tiny", "folder"): TINY for name in ("uvit", "dit", "udit", "unet", "jit")},
-    **{(f"jit_{size}16", "folder"): dict(cfg=cfg) for size, cfg in [("b", 3.0), ("l", 2.4), ("h", 2.2)]},
-    **{(f"jit_{size}32", "folder"): dict(cfg=cfg, noise_scale=2.0)          # at 512 x 512 pixels
-       for size, cfg in [("b", 3.0), ("l", 2.5), ("h", 2.3)]},
-    ("jit", "shapes"): {**SHAPES, **SIT_SHAPES, "schedule": "flow", "predict": "data", "compare": "velocity",
-                        "times": ["logit-normal", 0.8, 0.8]},
-}
-COMMON = dict(predict=None, compare=None, times=["uniform"], noise_scale=1.0, flip=True, ema=[0.9999], ema_warmup=True,
-              clip_grad=0.0, cfg=1.0, cfg_interval=[0.0, 1.0], clip_x0=False, log_every=100, sample_every=10_000,
-              save_every=5000, seed=0, workers=4, compile=False, grad_checkpoint=0, deterministic=False)
-YES_NO = {"yes": True, "on": True, "true": True, "1": True, "no": False, "off": False, "false": False, "0": False}
 PASS = 128      # images in a backward pass, at most, where --accumulate does not say otherwise
 SHARES = {"warmup": 10, "save_every": 4, "sample_every": 4}     # in a short run, a recipe's value is --steps over this
-
-
-def family(model):
-    """ "uvit_s2" -> "uvit", the key of RECIPES and NETWORKS. Raises ValueError on an unknown model."""
-    if model not in MODELS:
-        raise ValueError(f"unknown model {model!r}; choose from {', '.join(MODELS)}")
-    return model.split("_")[0]
-
-
-def recipe(model, dataset, schedule=None):
-    """Values for a model and data set, {flag: value}; schedule replaces the row's. Raises ValueError as family."""
-    kind = family(model)
-    row = {**COMMON, **RECIPES.get((kind, dataset), RECIPES[kind, "folder"]), **RECIPES.get((model, dataset), {})}
-    if dataset == "latents" or dataset in encode.ENCODINGS:
-        row["clip_x0"] = False
-    if schedule in ("flow", "gvp") and row["schedule"] != "flow":
-        row.update(SIT_SHAPES if dataset == "shapes" else SIT)
-    return {**row, "schedule": schedule or row["schedule"]}
 
 
 def parse(argv=None):
@@ -136,7 +55,7 @@ def parse(argv=None):
                                 epilog="Where no default is given, it is the recipe's for the model and data.")
     yes_no, targets = argparse.BooleanOptionalAction, ["noise", "data", "velocity"]
     add = p.add_argument_group("what is trained on what").add_argument
-    add("--model", required=True, metavar="NAME", help=", ".join(MODELS))
+    add("--model", required=True, metavar="NAME", help=", ".join(recipes.MODELS))
     add("--data", required=True, metavar="NAME_OR_FOLDER", help=f"{', '.join(data.DATASETS)}, or a folder of images "
         "(flat, or one folder for each class), or one written by encode.py")
     add("--data-dir", metavar="DIR", help="where a named data set lies (default data/)")
@@ -144,17 +63,33 @@ def parse(argv=None):
     add("--flip", action=yes_no, help="mirror half of the images (default: yes, but not those with captions)")
     add("--class-cond", action=yes_no, help="train on the labels (default: the recipe's, or wherever there are any)")
     add("--model-args", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="e.g. width=256 conv=off")
+    add("--init", metavar="FILE", help="start a new run with the weights of another (its checkpoint.pt), or of a "
+        "release: what fits by name and shape is taken, the rest is named")
     add = p.add_argument_group("how noise is added, and what the network learns").add_argument
     add("--schedule", choices=diffusion.SCHEDULES, help="a DiT with flow is SiT")
     add("--predict", choices=targets, help="what the network answers (default: the schedule's)")
     add("--compare", choices=targets, help="where its error is squared (default: in what it predicts)")
     add("--times", nargs="+", metavar="WORD", help="at which it is trained: uniform (default), logit-normal MEAN STD")
     add("--noise-scale", type=float, metavar="S", help="multiplies the noise, with flow (default 1)")
+    add = p.add_argument_group("classifiers; --crop and --drop-path also for autoencoders").add_argument
+    add("--crop", type=float, metavar="AREA", help="cut out AREA to 1 of an image, at random (1: take all)")
+    add("--rand-augment", type=int, metavar="M", help="two random changes of magnitude M of 10 (0: none)")
+    add("--erasing", type=float, metavar="P", help="fill a box with noise, with this probability")
+    add("--mixup", type=float, metavar="ALPHA", help="mix pairs of images, with a share from Beta(ALPHA, ALPHA)")
+    add("--cutmix", type=float, metavar="ALPHA", help="paste a box of another image; --mixup gets half of the steps")
+    add("--smoothing", type=float, metavar="S", help="share of the target that all classes divide evenly")
+    add("--drop-path", type=float, metavar="P", help="stochastic depth: rate of the last block")
+    add("--layer-decay", type=float, metavar="D", help="a layer learns D times as fast as the next one")
+    add("--layer-groups", action=yes_no, help="count three blocks of a stage as one layer")
+    add("--freeze", action=yes_no, help="train the last layer alone: a linear probe")
+    add("--labels-per-class", type=int, metavar="N", help="train on N images of each class, drawn by --seed (0: all)")
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, help="training steps in all")
     add("--batch-size", type=int, metavar="N", help="images in a step, over all processes")
     add("--accumulate", type=int, metavar="N", help=f"backward passes in a step (default: of {PASS} images at most)")
-    add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
+    add("--lr", type=float, help="learning rate of AdamW, after the warm-up")
+    add("--lr-schedule", choices=["constant", "cosine"], help="after the warm-up; cosine falls to --min-lr at --steps")
+    add("--min-lr", type=float, metavar="LR", help="default 0")
     add("--warmup", type=int, metavar="STEPS", help="steps over which the learning rate rises linearly")
     add("--weight-decay", type=float)
     add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="AdamW's")
@@ -175,7 +110,8 @@ def parse(argv=None):
     add("--seed", type=int, help="default 0")
     add("--log-every", type=int, metavar="STEPS", help="default 100")
     add("--save-every", type=int, metavar="STEPS", help="default 5000")
-    add("--sample-every", type=int, metavar="STEPS", help="default 10000; 0 draws no grids")
+    add("--sample-every", type=int, metavar="STEPS", help="draw a grid; classifiers also measure their accuracy on "
+        "held-out images (default 10000; 0: never)")
     add = p.add_argument_group("sampling: sample.py's defaults for this run, and the grids'").add_argument
     add("--sampler", choices=diffusion.SAMPLERS)
     add("--sample-steps", type=int, metavar="N", help="of the sampler")
@@ -186,14 +122,21 @@ def parse(argv=None):
     config = p.parse_args(argv)
     if config.data not in data.DATASETS:
         config.data = str(Path(config.data))        # "photos/" and "photos" are one
-    scaled = []
-    for flag, value in recipe(config.model, data.kind(config.data), config.schedule).items():
+    row, scaled = recipes.recipe(config.model, data.kind(config.data), config.schedule), []
+    for flag in recipes.FLAGS - row.keys():
+        if getattr(config, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')}: {config.model} has no use for it")
+    config.model_args = row.pop("model_args", []) + config.model_args
+    short = config.steps is not None and config.steps < row["steps"]
+    for flag, value in row.items():
         if getattr(config, flag) is None:
             setattr(config, flag, value)
-            if flag in SHARES and config.steps and value > (most := max(1, config.steps // SHARES[flag])):
+            if flag in SHARES and short and value > (most := max(1, config.steps // SHARES[flag])):
                 scaled.append(f"--{flag.replace('_', '-')} {value} -> {most}")
                 setattr(config, flag, most)
     data.check(vars(config))
+    if "schedule" in row:
+        recipes.schedule_of(vars(config))       # refuses what does not fit together
     if scaled and os.environ.get("RANK", "0") == "0":
         print(f"scaled to a run of {config.steps} steps: {', '.join(scaled)}")
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -206,76 +149,6 @@ def parse(argv=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From the configuration to what is trained
-
-
-def schedule_of(config):
-    """The schedule of a configuration, a dict (an older one lacks keys). Raises ValueError where values do not fit."""
-    kind, *numbers = words = config.get("times", ["uniform"])
-    try:
-        times = tuple(float(number) for number in numbers) or None
-        if {"uniform": 0, "logit-normal": 2}.get(kind) != len(numbers):
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"--times {' '.join(map(str, words))}: must be uniform, or logit-normal MEAN STD") from None
-    return diffusion.SCHEDULES[config["schedule"]](predict=config.get("predict"), compare=config.get("compare"),
-                                                   times=times, noise_scale=config.get("noise_scale", 1.0))
-
-
-def parse_argument(item, known):
-    """ "width=256" -> ("width", 256): of the type of the default that this argument has, {name: inspect.Parameter}.
-
-    An unknown one stays text, since `build` says which there are. Raises ValueError on text of another type.
-    """
-    key, equals, text = item.partition("=")
-    default = known[key].default if key in known else ""
-    if not equals:
-        raise ValueError(f"--model-args {item}: expected KEY=VALUE")
-    try:
-        if isinstance(default, str):
-            return key, text
-        if isinstance(default, bool):
-            return key, YES_NO[text.lower()]
-        kind, parts = (int, text.strip("()[]").split(",")) if isinstance(default, tuple) else (type(default), [text])
-        numbers = tuple(kind(part) for part in parts)
-        if not all(0 <= number < math.inf for number in numbers):
-            raise ValueError
-    except (ValueError, KeyError):
-        raise ValueError(f"--model-args {item}: expected a value like {key}={default}") from None
-    return key, numbers if isinstance(default, tuple) else numbers[0]
-
-
-def model_arguments(config, dataset):
-    """Arguments of the model's constructor: the data's shape, and its classes or text; then --model-args."""
-    known = inspect.signature(NETWORKS[family(config.model)]).parameters
-    arguments = dict(image_size=dataset.shape[1], in_channels=dataset.shape[0], null_class=config.label_dropout > 0,
-                     num_classes=dataset.num_classes if config.class_cond else 0)
-    if dataset.text:
-        arguments.update(text_tokens=dataset.text[0], text_dim=dataset.text[1])
-    for item in config.model_args:
-        key, value = parse_argument(item, known)
-        if key in ("image_size", "in_channels", "num_classes", "null_class", "text_tokens", "text_dim", "checkpoint"):
-            raise ValueError(f"--model-args {item}: {key} follows from the data, --class-cond, --label-dropout and "
-                             "--grad-checkpoint")
-        arguments[key] = value
-    if "learn_sigma" in known and known["learn_sigma"].default and config.schedule != "ddpm":
-        arguments.setdefault("learn_sigma", False)      # only DDPM's loss trains a variance
-    return arguments
-
-
-def build(name, arguments):
-    """A model of MODELS. Raises ValueError on an unknown name or argument, or values that do not fit together."""
-    known = inspect.signature(NETWORKS[family(name)]).parameters
-    if "text_dim" in arguments and "text_dim" not in known:
-        raise ValueError(f"{name} takes no text, but the data has captions; choose a uvit or a unet")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # PyTorch only warns of weights without elements
-            model = MODELS[name](**arguments)
-        if empty := [key for key, weight in model.named_parameters() if not weight.numel()]:
-            raise TypeError(f"{empty[0]} would have no elements")
-    except (TypeError, ZeroDivisionError, RuntimeError) as error:
-        raise ValueError(f"{name}: {error}; its arguments are {', '.join(known)}") from None
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,7 +255,7 @@ def read_checkpoint(path):
     parts = state if isinstance(state, dict) else {}
     for part, keys in [(parts, "model ema step config model_args shape class_names encoding null"),
                        (parts.get("config"), "model data schedule sampler sample_steps cfg clip_x0"),
-                       (parts.get("model_args"), "image_size in_channels num_classes null_class")]:
+                       (parts.get("model_args"), "image_size in_channels")]:
         if not isinstance(part, dict) or not set(keys.split()) <= part.keys():
             raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it; give a file of "
                              "weights alone to sample.py --weights")
@@ -411,9 +284,10 @@ def resume(out, config, arguments, identity, lead):
         if damaged:
             raise ValueError(f"{out}: no checkpoint can be read; remove it to start anew, or give another --out")
         return None
-    before = {**COMMON, **state["config"], **state["model_args"], "class_names": state["class_names"]}
+    before = {**recipes.COMMON, **state["config"], **state["model_args"], "class_names": state["class_names"]}
     now = {**vars(config), **arguments, "class_names": identity["class_names"]}
-    for key in ("model", "schedule", "predict", "noise_scale", "class_names", *state["model_args"], *arguments):
+    for key in ("model", "schedule", "predict", "noise_scale", "class_names", "layer_decay", "layer_groups", "freeze",
+                *state["model_args"], *arguments):
         if before.get(key) != now.get(key):
             raise ValueError(f"{path} is of another run: its {key} is {before.get(key)}, here {now.get(key)}; "
                              f"give another --out, or remove {out}")
@@ -467,19 +341,33 @@ class Log:
                       skipped=self.skipped)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
         if self.here.rank == 0:
-            finite = {name: x if math.isfinite(x) else None for name, x in values.items()}      # JSON has no NaN
-            with data.writing(self.path), open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
+            self.write(step, values)
         if self.bad_in_a_row >= 10:
             folder = self.path.parent
             kept = f"; {folder} holds the checkpoint before" if (folder / "checkpoint.pt").exists() else ""
             raise ValueError(f"step {step}: the gradient was not finite ten times in a row (learning rate {lr:.1e}); "
                              f"try a lower --lr, --clip-grad 1, or --amp off{kept}")
         self.loss, self.bad = torch.zeros(2, device=self.here.device)
+
+    def write(self, step, values):
+        """A line of log.jsonl for {name: number}, and the same in TensorBoard's file."""
+        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}      # JSON has no NaN
+        with data.writing(self.path), open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+
+    def show(self, step, images, rows, values):
+        """A picture of uint8 images in rows (see `data.save_grid`), samples/<step>.png, and a line for its values."""
+        path = self.path.parent / "samples" / f"{step:07d}.png"
+        with data.writing(path):
+            path.parent.mkdir(exist_ok=True)
+            data.save_grid(images, path, rows)
+        if values:
+            self.write(step, values)
+            self.bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
 
 def step_of(line):
@@ -501,56 +389,94 @@ def memory_gb(device):
 # A step: what it is trained on, and what it changes
 
 
-def passes_of(dataset, schedule, config, null, here, start):
-    """passes(step) for steps from start: an iterator of (x0, y, t, noise), one for each backward pass of this process.
+def seed_of(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
-    null stands for a condition that is dropped (see `settle`).
-    """
+
+def chosen(dataset, config):
+    """The indices of the images to train on: all, or --labels-per-class of each class, drawn by --seed."""
+    if not config.labels_per_class:
+        return np.arange(len(dataset))
+    order = np.random.default_rng(config.seed).permutation(len(dataset))
+    labels = dataset.labels.numpy()[order]
+    return np.concatenate([order[labels == label][:config.labels_per_class] for label in np.unique(labels)])
+
+
+def passes_of(dataset, objective, config, here, start):
+    """passes(step) for steps from start: an iterator of (x, y, *draws), one for each backward pass of this process."""
     n, share, generator = config.batch_size, config.batch_size // here.world, torch.Generator(here.device)
     parts = np.array_split(np.arange(here.rank * share, (here.rank + 1) * share), config.accumulate)
     parts = [slice(part[0], part[-1] + 1) for part in parts]        # rows of the batch, for each pass
-    order = (data.shuffled(len(dataset), config.seed, step * n, n)[rows]
-             for step in range(start, config.steps) for rows in parts)
+    images = chosen(dataset, config)
+
+    def places(step):
+        order = data.shuffled(len(images), config.seed, step * n, n)
+        order[:, 0] = images[order[:, 0]]
+        return order
+
+    order = (order[rows] for order in map(places, range(start, config.steps)) for rows in parts)
     batches = dataset.batches(order, here.device, config.workers)
 
     def passes(step):
         # Whatever is random in this step is drawn for the whole batch; this process uses its rows.
-        generator.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0]))
-        where = dict(generator=generator, device=here.device)
-        t = schedule.training_time(torch.rand(n, **where, dtype=torch.float64))
-        noise = torch.randn(n, *dataset.shape, **where)
-        dropped = torch.rand(n, **where) < config.label_dropout
+        generator.manual_seed(seed_of(config.seed, step))
+        draws = objective.draw(n, dataset.shape, dict(generator=generator, device=here.device))
         augment = dataset.draws(n, generator)
         for rows in parts:
             images, y = next(batches)
-            x0 = dataset.prepare(images, *(draw[rows] for draw in augment))
-            if not config.class_cond and dataset.text is None:
-                y = None
-            if null is not None:
-                y = torch.where(dropped[rows].view(-1, *[1] * (y.ndim - 1)), null, y)
-            yield x0, y, t[rows], noise[rows]
+            x = dataset.prepare(images, *(draw[rows] for draw in augment))
+            torch.manual_seed(seed_of(config.seed, step, rows.start + 1))       # for the network's own dropout
+            yield x, y, *(draw[rows] for draw in draws)
 
     return passes
+
+
+def learning_rate(config, step):
+    """The rate in step 0, 1, ..: it rises linearly in the warm-up; then it stays, or falls by half a cosine."""
+    if step < config.warmup or config.lr_schedule == "constant":
+        return config.lr * min(1, (step + 1) / max(1, config.warmup))
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def groups(model, config):
+    """The parameters to train, as AdamW's groups: a group has a weight decay, and a factor of the learning rate.
+
+    One group, but for the networks of convnext.py: their layers learn at different rates, and some weights never decay.
+    """
+    factors, decayed, found = {}, dict(model.named_parameters()), {}
+    if isinstance(model, convnext.ConvNeXt):
+        factors = convnext.rates(model, config.layer_decay, "group" if config.layer_groups else "single")
+    if isinstance(model, (convnext.ConvNeXt, convnext.FCMAE)):
+        decayed = convnext.decayed(model)
+    for name, p in model.named_parameters():
+        if p.requires_grad:     # not JiT's positions, nor what --freeze holds
+            found.setdefault((factors.get(name, 1.0), name in decayed), []).append(p)
+    return [dict(params=parameters, factor=factor, weight_decay=config.weight_decay * decays)
+            for (factor, decays), parameters in found.items()]
 
 
 class Learner:
     """What training changes: a network, its averages, AdamW, and fp16's scaler. step() trains one step.
 
-    here is the Processes over which gradients are averaged. config is a namespace with batch_size, accumulate, lr,
-    warmup, betas, weight_decay, clip_grad, ema, ema_warmup, amp and compile.
+    objective has loss(model, x, y, *draws) -> (N,): a schedule of diffusion.py, or one of objectives.py. here is the
+    Processes over which gradients are averaged. config is a namespace with batch_size, accumulate, lr, lr_schedule,
+    warmup, betas, weight_decay, clip_grad, ema, ema_warmup, amp, compile and grad_checkpoint; see also `groups` and
+    `learning_rate`.
     """
 
-    def __init__(self, model, schedule, config, here):
-        self.model, self.schedule, self.config, self.share = model, schedule, config, config.batch_size // here.world
+    def __init__(self, model, objective, config, here):
+        self.model, self.objective, self.config, self.share = model, objective, config, config.batch_size // here.world
         self.parameters = list(model.parameters())
         self.trained = [p for p in self.parameters if p.requires_grad]      # not JiT's positions
         self.averages = {str(decay): copy.deepcopy(model).eval().requires_grad_(False) for decay in config.ema}
-        self.optimizer = torch.optim.AdamW(self.trained, config.lr, config.betas, weight_decay=config.weight_decay,
-                                           fused=True)
+        self.optimizer = torch.optim.AdamW(groups(model, config), config.lr, config.betas, fused=True)
         kind, half = here.device.type, torch.float16 if config.amp == "fp16" else torch.bfloat16
         self.scaler = torch.amp.GradScaler(kind, enabled=config.amp == "fp16")
         self.autocast = torch.autocast(kind, half, enabled=config.amp != "off")
         if config.compile:
+            if here.distributed and config.grad_checkpoint:     # torch 2.6 can not split such a graph between buckets
+                torch._dynamo.config.optimize_ddp = False
             model.compile()
         self.network = model
         if here.distributed:    # static_graph saves bookkeeping, but fails (torch 2.15) if the first pass has no sync
@@ -558,20 +484,21 @@ class Learner:
                                                    static_graph=config.accumulate == 1)
 
     def step(self, step, passes):
-        """Train on passes (x0, y, t, noise); t and noise may be None -> (loss, gradient norm, bad), on the device.
+        """Train on passes (x, y, *draws) of the objective -> (loss, gradient norm, bad), on the device.
 
         bad is 1 where the norm is not finite, and then weights and moments stay as they were; else 0.
         """
         config, step_loss = self.config, 0
-        for i, (x0, y, t, noise) in enumerate(passes, 1):
+        for i, (x, y, *draws) in enumerate(passes, 1):
             if self.network is not self.model:      # processes average their gradients in the last pass alone
                 self.network.require_backward_grad_sync = i == config.accumulate
             with self.autocast:
-                loss = self.schedule.loss(self.network, x0, y, t, noise).mean() / (self.share / len(x0))
+                loss = self.objective.loss(self.network, x, y, *draws).mean() / (self.share / len(x))
             self.scaler.scale(loss).backward()
             step_loss = step_loss + loss.detach()
 
-        self.optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["factor"] * learning_rate(config, step)
         self.scaler.unscale_(self.optimizer)
         grad_norm = get_total_norm([p.grad for p in self.trained])
         if config.clip_grad:
@@ -595,6 +522,29 @@ class Learner:
         return dict(model=self.model.state_dict(), ema=next(iter(averages.values())), averages=averages,
                     optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
+    def begin(self, path):
+        """Start from a file of weights (see `read_weights`): take what fits by name and shape -> a line that says what.
+
+        A classifier takes an autoencoder's encoder. Raises ValueError where nothing fits, or numbers are not finite.
+        """
+        weights, _ = recipes.read_weights(path)
+        if isinstance(self.model, convnext.ConvNeXt):
+            weights = convnext.dense(weights)
+        own, fixed = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        weights = {name: weight for name, weight in weights.items() if name not in fixed}      # made for an image size
+        taken = {name: weights[name] for name, p in own.items() if name in weights and weights[name].shape == p.shape}
+        if not taken:
+            raise ValueError(f"--init {path}: nothing in it fits the network, by name and shape; it has "
+                             f"{', '.join([*weights][:3])}, ..")
+        if infinite := [name for name, weight in taken.items() if not weight.isfinite().all()]:
+            raise ValueError(f"--init {path}: {infinite[0]} has NaN or infinite numbers")
+        for network in (self.model, *self.averages.values()):
+            network.load_state_dict(taken, strict=False)
+        new, unused = ([f"{name} {tuple(weight.shape)}" for name, weight in some.items() if name not in taken]
+                       for some in (own, weights))
+        return (f"--init {path}: took {len(taken)} of {len(own)} tensors; new: {', '.join(new) or 'none'}; "
+                f"not used: {', '.join(unused) or 'none'}")
+
     def load(self, state):
         """Continue from a state. An average that it lacks starts as "ema"; AdamW's settings stay those of config."""
         self.model.load_state_dict(state["model"])
@@ -606,30 +556,47 @@ class Learner:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def preview(config, pixels):
-    """(sampler, steps, clip) of a grid, which should cost seconds: the run's own, or others of fewer steps."""
-    if config.sample_steps <= 100:
-        return config.sampler, config.sample_steps, config.clip_x0
-    if config.schedule in ("flow", "gvp"):
-        return "heun", 25, config.clip_x0
-    return (OWN["sampler"], OWN["sample_steps"], OWN["clip_x0"]) if pixels else ("dpm_solver", 50, config.clip_x0)
+def draw_log(log, path):
+    """A picture of log.jsonl: each number over the steps, those of losses and norms on a log scale."""
+    curves = {}
+    for row in map(json.loads, filter(step_of, log.read_text().splitlines())):
+        for name, value in row.items():
+            if name not in ("step", "memory_gb", "skipped") and isinstance(value, (int, float)):
+                curves.setdefault(name, []).append((row["step"], value))
+    width, height, last = 350, 150, row["step"]
+    picture = Image.new("RGB", (2 * width + 140, (height + 60) * math.ceil(len(curves) / 2)), "white")
+    pen = ImageDraw.Draw(picture)
+    for i, (name, points) in enumerate(curves.items()):
+        left, bottom = 55 + i % 2 * (width + 70), height + 30 + i // 2 * (height + 60)
+        low, high = min(value for _, value in points), max(value for _, value in points)
+        logarithmic = low > 0 and name.endswith(("loss", "norm"))
+        low, scale = (low, math.log) if logarithmic else (min(low, 0), float)
+        span = scale(high) - scale(low) or 1
 
+        def place(step, value):
+            return left + step / last * width, bottom - (scale(value) - scale(low)) / span * height
 
-def draw_grid(learner, config, dataset, null, decode, device, path):
-    """A grid of samples at fixed noise: one row for each class (ten at most) or caption (eight), else 8 x 8."""
-    classes = dataset.num_classes if config.class_cond else 0
-    rows = 8 if dataset.text else min(classes, 10)
-    conditions = dataset.examples(rows) if dataset.text else torch.arange(rows) * classes // max(rows, 1)
-    indices = range(8 * (rows or 8))
-    y = conditions.to(device)[torch.arange(len(indices)) % rows] if rows else None
-    sampler, steps, clip = preview(config, dataset.encoding is None)
-    model = next(iter(learner.averages.values()))
-    with learner.autocast:
-        x = diffusion.generate(model, learner.schedule, dataset.shape, indices, y, null, sampler=sampler, steps=steps,
-                               w=config.cfg, interval=config.cfg_interval, clip=clip, seed=config.seed, device=device)
+        marks = [k * 10.0**e for e in range(-40, 40) for k in ((1, 2, 5) if span < 6 else (1,))]
+        marks = [mark for mark in marks if low <= mark <= high] if logarithmic else []
+        for mark in marks[::len(marks) // 10 + 1] if len(marks) > 1 else round_numbers(low, high):
+            y = place(0, mark)[1]
+            pen.line([(left, y), (left + width, y)], "lightgray")
+            pen.text((left - 5, y), f"{mark:g}", "black", anchor="rm", font_size=11)
+        for mark in round_numbers(0, last):
+            pen.text((place(mark, high)[0], bottom + 5), f"{mark:g}", "black", anchor="mt", font_size=11)
+        title = f"{name} {points[-1][1]:.4g} at step {points[-1][0]}{', on a log scale' * logarithmic}"
+        pen.text((left, bottom - height - 8), title, "black", anchor="lb", font_size=13)
+        pen.line([(left, bottom - height), (left, bottom), (left + width, bottom)], "black")
+        pen.line([place(*point) for point in points], "royalblue", 2)
     with data.writing(path):
-        path.parent.mkdir(exist_ok=True)
-        data.save_grid(decode(x), path, rows)
+        picture.save(path.with_suffix(".tmp"), "PNG")
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def round_numbers(low, high):
+    """Up to five round numbers from low to high, at equal distances: 0, 2000, 4000 for 0 and 5000."""
+    step = next(k * 10.0**e for e in range(-40, 40) for k in (1, 2, 5) if high - low < 5 * k * 10.0**e)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -652,8 +619,9 @@ def settle(config, dataset, here):
     config.class_cond = dataset.num_classes > 0 if config.class_cond is None else config.class_cond
     if config.class_cond and not dataset.num_classes:
         raise ValueError(f"--class-cond: {config.data} has no labels (a folder for each class would give them)")
-    config.label_dropout = config.label_dropout if config.class_cond or dataset.text else 0.0
-    if config.cfg != 1 and not config.label_dropout:
+    dataset.labels = dataset.labels if config.class_cond else None
+    config.label_dropout = config.label_dropout or 0.0 if config.class_cond or dataset.text else 0.0
+    if config.cfg not in (None, 1) and not config.label_dropout:
         raise ValueError(f"--cfg {config.cfg}: guidance needs labels, and a null label trained by --label-dropout 0.1")
     null = torch.tensor(dataset.num_classes) if config.class_cond else dataset.null
     return null.to(here.device) if config.label_dropout else None
@@ -666,15 +634,17 @@ def main(argv=None):
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # read when the first matrix is multiplied
         torch.use_deterministic_algorithms(True)
-    schedule = schedule_of(vars(config))
     with here.first():
         dataset = data.load(config.data, config.data_dir, config.image_size)
     identity = dataset.identity()
     null = settle(config, dataset, here)
-    arguments = model_arguments(config, dataset)
+    arguments = recipes.model_arguments(config, dataset)
     torch.manual_seed(config.seed)
-    model = build(config.model, {**arguments, "checkpoint": config.grad_checkpoint}).to(here.device)
-    learner = Learner(model, schedule, config, here)
+    model = recipes.build(config.model, {**arguments, "checkpoint": config.grad_checkpoint}).to(here.device)
+    if config.freeze:
+        model.requires_grad_(False).head.requires_grad_(True)
+    objective = objectives.of(recipes.family(config.model))(config, dataset, model, null)
+    learner = Learner(model, objective, config, here)
 
     with data.writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -688,29 +658,34 @@ def main(argv=None):
                 raise ValueError(f"{out}: its checkpoint does not fit this version of {config.model} or train.py "
                                  f"({data.one_line(error)}); give another --out") from None
             del state
+        elif config.init:
+            fits = learner.begin(config.init)
+            if lead:
+                print(fits)
         if here.highest(step) != -here.highest(-step):
             raise ValueError(f"the processes found different checkpoints in {out}: all machines must see one folder")
         if step >= config.steps:
             if lead:
                 print(f"{out} is at step {step} already; for more give a larger --steps")
             return here.close()
-        decode = None
+        show = None
         if lead:
             with data.writing(out):
                 (out / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
-            print("\n".join(f"{key:>16} {value}" for key, value in vars(config).items()))
+            print("\n".join(f"{key:>16} {value}" for key, value in vars(config).items() if value is not None))
             print(f"{config.model}({', '.join(f'{key}={value}' for key, value in arguments.items())}): "
-                  f"{sum(p.numel() for p in learner.parameters) / 1e6:.2f} M parameters; {config.data}: {len(dataset)} "
-                  f"images {dataset.shape}, {arguments['num_classes'] or 'no'} classes; {here.world} x {here.device}; "
+                  f"{sum(p.numel() for p in learner.parameters) / 1e6:.2f} M parameters; {config.data}: "
+                  f"{len(chosen(dataset, config))} images {dataset.shape}, {arguments.get('num_classes') or 'no'} "
+                  f"classes; {here.world} x {here.device}; "
                   + (f"continues after step {step}" if step else f"a new run in {out}"), flush=True)
             try:
-                decode = encode.decoder(dataset.encoding, here.device) if config.sample_every else None
-            except (ValueError, OSError) as error:      # latents train without the autoencoder
-                print(f"no grids of samples: {error}", file=sys.stderr)
+                show = objective.viewer(here.device, learner.autocast) if config.sample_every else None
+            except (ValueError, OSError) as error:      # no autoencoder, no held-out images
+                print(f"--sample-every: nothing to show: {error}", file=sys.stderr)
         about = dict(config=vars(config), model_args=arguments, shape=list(dataset.shape), identity=identity,
                      class_names=list(dataset.class_names), encoding=dataset.encoding, null=null)
-        passes = passes_of(dataset, schedule, config, null, here, step)
-        log = Log(out, config, here, step, skipped)
+        passes = passes_of(dataset, objective, config, here, step)
+        log, average = Log(out, config, here, step, skipped), next(iter(learner.averages.values()))
 
         while step < config.steps and not stop:
             loss, grad_norm, bad = learner.step(step, passes(step))
@@ -721,11 +696,13 @@ def main(argv=None):
             saves = step % config.save_every == 0 or step == config.steps or stop
             samples = config.sample_every and (step % config.sample_every == 0 or step == config.steps)
             if step % config.log_every == 0 or saves or samples:
-                log.report(step, learner.optimizer.param_groups[0]["lr"], grad_norm)
+                log.report(step, learning_rate(config, step - 1), grad_norm)
             if saves and lead:
                 write_checkpoint(dict(about, **learner.state(), step=step, skipped=log.skipped), out / "checkpoint.pt")
-            if samples and decode:
-                draw_grid(learner, config, dataset, null, decode, here.device, out / "samples" / f"{step:07d}.png")
+            if samples and show:
+                log.show(step, *show(average))
+            if lead and (samples or saves):
+                draw_log(out / "log.jsonl", out / "log.png")
             if log.step == step:
                 log.clock = time.perf_counter()     # the time of saving and sampling is not the training's
         log.bar.close()
