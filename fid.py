@@ -43,10 +43,10 @@ from tqdm import tqdm
 
 import data
 import sample
+import recipes
 import train
 
-URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-RELEASED = "6726825d"       # the first digits of that file's SHA-256
+RELEASED = "6726825d"       # the first digits of the SHA-256 of Inception's released weights
 VECTORS = 10_000            # reference images for precision and recall, as many as in guided-diffusion's files
 
 
@@ -74,8 +74,8 @@ class Inception(torchvision.models.Inception3):
 
     def __init__(self, path=None, resize="tensorflow"):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
-        path = path or download()
-        sample.load_weights(self, sample.read_weights(path)[0], path)
+        path = recipes.find(path or "inception")
+        sample.load_weights(self, recipes.read_weights(path)[0], path)
         self.eval().requires_grad_(False)
         for name, block in list(self.named_children()):
             if hasattr(block, "branch_pool"):
@@ -118,19 +118,6 @@ def resize(x, size):
         above = (low + 1).clamp(max=x.shape[dim] - 1)
         x = torch.lerp(x.index_select(dim, low), x.index_select(dim, above), part)
     return x
-
-
-def download():
-    """The path of the released weights in torch.hub's cache. Downloads them there if they are missing."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=RELEASED)
-        except Exception as error:      # a URLError, a RuntimeError on a wrong checksum, an OSError on a full disk
-            raise FileNotFoundError(f"Inception's weights are not in {path}, and the download failed "
-                                    f"({data.one_line(error)}); fetch {URL} and name it with --inception") from None
-    return path
 
 
 def digest(path, state={}):
@@ -354,7 +341,8 @@ def open_sampler(args, here):
     batches = sample.sampled(source, conditions, args.num_images, args.batch_size, here, args.amp == "bf16")
     size = "x".join(map(str, source.image_shape[-2:]))
     facts = dict(source=str(source.path), size=size, n=args.num_images, step=source.step, weights=source.weights,
-                 **source.settings, labels=args.labels, prompt=args.prompt or args.prompts, amp=args.amp)
+                 **source.settings, labels=args.labels, prompt=args.prompt or args.prompts, amp=args.amp,
+                 guide_with=args.guide_with)
     return facts, {}, ((indices[0], images) for indices, images in batches)
 
 
@@ -413,7 +401,7 @@ def parse(argv=None):
         sample.check_flags(args)
         if (args.num_images or 0) < 2:
             raise ValueError("--num-images N: say how many images to sample, at least 2 (50000 in the papers)")
-    for flag in ("num_images", "labels", "prompt", "prompts", "cfg", "cfg_interval", "sampler", "steps"):
+    for flag in ("num_images", "labels", "prompt", "prompts", "cfg", "cfg_interval", "guide_with", "sampler", "steps"):
         if args.samples and getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')}: {args.samples} is there already, nothing is sampled")
     if args.save_ref and (not args.save_ref.endswith(".npz") or Path(args.save_ref).exists()):

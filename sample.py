@@ -1,10 +1,10 @@
-"""Sample images: from a run's checkpoint, or from a file of released weights.
+"""Sample images: from a run's checkpoint, or from released weights, by name or as a file.
 
     python sample.py --ckpt runs/uvit_tiny-shapes/checkpoint.pt                             # a grid, samples.png
     torchrun --nproc_per_node=8 sample.py --ckpt runs/uvit_s2-cifar10/checkpoint.pt --num-images 50000 --out x.npz
-    python sample.py --model uvit_h2 --weights imagenet256_uvit_huge.pth --data imagenet256 --labels 207,otter
-    python sample.py --model uvit_s2 --weights mscoco_uvit_small.pth --data mscoco256 --prompt "a red bus" "two cats"
-    python sample.py --model dit_xl2 --weights SiT-XL-2-256x256.pt --data imagenet256 --schedule flow --labels 88
+    python sample.py --weights dit_xl2_256 --labels "golden retriever,88"                   # downloaded once
+    python sample.py --weights mscoco_uvit_small.pth --model uvit_s2 --data mscoco256 --prompt "a red bus" "two cats"
+    python sample.py --ckpt runs/uvit_tiny-shapes/checkpoint.pt --export shapes.safetensors # the weights, for others
 
 --out decides the form: a .png grid (a row for each label or prompt), an .npz (arr_0: uint8 (N, H, W, 3), arr_1:
 labels), or a folder of PNGs. --sweep draws a grid with a row for each guidance weight. Latents are decoded by the
@@ -14,8 +14,9 @@ the batch size or the number of processes (up to rounding: for another batch, ke
 import argparse
 import contextlib
 import inspect
+import json
 import math
-import re
+import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -30,7 +31,11 @@ from tqdm import tqdm
 import data
 import diffusion
 import encode
+import recipes
 import train
+
+DESCRIBED = "model data image_size schedule predict compare model_args".split()     # flags: what a file of weights is
+EXPORTED = "config model_args shape class_names encoding step which".split()        # what --export writes besides
 
 
 def add_flags(p):
@@ -43,9 +48,12 @@ def add_flags(p):
     add("--ckpt", metavar="FILE", help="checkpoint.pt of a run of train.py")
     average("--raw", action="store_true", help="the weights themselves, not their moving average (EMA)")
     average("--ema", type=float, metavar="DECAY", help="with --ckpt: which average of several (default: the first)")
-    add("--weights", metavar="FILE", help="released weights: a state dict, bare or under 'ema', 'model', 'state_dict'")
-    add("--model", metavar="NAME", help=f"with --weights: {', '.join(train.MODELS)}")
-    add("--data", metavar="NAME", help="with --weights: what it was trained on")
+    names = ", ".join(name for name, (_, _, flags) in recipes.RELEASED.items() if flags)
+    add("--weights", metavar="NAME_OR_FILE", help=f"released weights by name: {names}; or a file, with --model and "
+        "--data where it does not come from --export: safetensors, or a state dict, bare or under 'ema', 'model', "
+        "'state_dict'")
+    add("--model", metavar="NAME", help=f"with a file of weights: {', '.join(recipes.MODELS)}")
+    add("--data", metavar="NAME", help="with a file of weights: what it was trained on")
     add("--image-size", type=int, metavar="PIXELS", help="with --weights: of the images, if not the data's own")
     add("--schedule", choices=diffusion.SCHEDULES, help="with --weights: if not the recipe's (SiT is a dit with flow)")
     for flag, what in ("--predict", "what the network answers"), ("--compare", "what its loss compared"):
@@ -63,6 +71,8 @@ def add_flags(p):
     add("--cfg", type=float, metavar="W", help="guidance: eps_u + W (eps_c - eps_u); 1 is none, U-ViT's s is W - 1")
     add("--cfg-channels", type=int, metavar="C", help="guide the first C channels only (DiT's and SiT's releases: 3)")
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at times LOW < t < HIGH only")
+    add("--guide-with", metavar="FILE", help="autoguidance: checkpoint.pt of a run on the same data whose average, of "
+        "a smaller network or fewer steps, takes the null label's place")
     add("--sampler", choices=diffusion.SAMPLERS)
     add("--steps", type=int, metavar="N", help="steps, of one call of the network each (heun: two)")
     add("--clip-x0", action=argparse.BooleanOptionalAction, help="limit the predicted image to [-1, 1]")
@@ -77,15 +87,20 @@ def add_flags(p):
 
 
 def check_flags(args):
-    """Raise ValueError where the flags of add_flags do not go together; fill in --amp."""
+    """Raise ValueError where the flags of add_flags do not go together; fill in --amp, and what a name stands for."""
     if bool(args.ckpt) == bool(args.weights):
-        raise ValueError("give either --ckpt (a run's checkpoint), or --weights with --model and --data")
-    if args.weights and not (args.model and args.data):
-        raise ValueError("--weights needs --model and --data: which network it is, and what it was trained on")
+        raise ValueError("give either --ckpt (a run's checkpoint), or --weights (a name; or a file, --model, --data)")
     other = "--ckpt" if args.weights else "--weights"
-    for flag in ["ema"] if args.weights else "model data image_size schedule predict compare model_args".split():
+    for flag in ["ema"] if args.weights else DESCRIBED:
         if getattr(args, flag):
             raise ValueError(f"--{flag.replace('_', '-')} goes with {other} only")
+    if args.weights in recipes.RELEASED:
+        known = recipes.RELEASED[args.weights][-1]
+        if not known:
+            raise ValueError(f"--weights {args.weights}: draws no images; train.py --init or fid.py takes it")
+        for flag, value in known.items():
+            if getattr(args, flag) is None:
+                setattr(args, flag, value)
     data.check(vars(args))
     args.amp = args.amp or ("bf16" if args.device == "cuda" else "off")
 
@@ -98,8 +113,12 @@ def parse(argv=None):
     add = add_flags(p)
     add("--out", default="samples.png", metavar="FILE_OR_FOLDER", help=".png, .npz, or a folder (default samples.png)")
     add("--sweep", type=float, nargs="+", metavar="W", help="a grid with a row for each of these guidance weights")
+    add("--export", metavar="FILE.safetensors", help="write the weights that would be used, and what they are, for "
+        "--weights of another call and for other tools; and draw nothing")
     args = p.parse_args(argv)
     check_flags(args)
+    if args.export and not args.export.endswith(".safetensors"):
+        raise ValueError(f"--export {args.export}: give a name that ends in .safetensors")
     args.out = Path(args.out)
     args.form = args.out.suffix.lower() or "folder"
     if args.form not in (".png", ".npz", "folder"):
@@ -120,32 +139,6 @@ def check_out(out, form):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights in
-
-
-def read_weights(path, raw=False):
-    """A file of weights -> ({name: tensor}, its key), bare or under "ema", "model_ema1" (JiT), "model", "state_dict".
-
-    raw prefers "model". Prefixes left by wrappers ("module.", "_orig_mod.", JiT's "net.") are taken off. Raises
-    FileNotFoundError, or ValueError where the file is something else; a pickle with code in it is refused, not run.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file of weights")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):    # DiT's own checkpoints keep their flags in one
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, OSError):
-        raise                       # the machine's fault, not the file's
-    except Exception as error:      # whatever torch makes of arbitrary bytes
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split(". ")[0]
-        raise ValueError(f"{path}: not a file of weights alone, or damaged ({data.one_line(reason)})") from None
-    state = state if isinstance(state, dict) else {}
-    keys = ["model"] * raw + ["ema", "model_ema1", "model", "state_dict"]
-    found = next((key for key in keys if isinstance(state.get(key), dict)), "bare")
-    state = state.get(found, state)
-    if not state or not all(isinstance(name, str) and torch.is_tensor(value) and value.layout == torch.strided
-                            for name, value in state.items()):
-        raise ValueError(f"{path}: holds no state dict (names and dense tensors, bare or under 'ema' or 'model')")
-    return {re.sub(r"^((module|_orig_mod|net)\.)+", "", name): value for name, value in state.items()}, found
 
 
 def load_weights(model, state, path):
@@ -172,6 +165,7 @@ def load_weights(model, state, path):
 class Source:
     """A network with its weights, what it draws, on which conditions, and how it is sampled unless told otherwise."""
     model: torch.nn.Module
+    weak: torch.nn.Module       # the weaker one that guides it, or None
     schedule: object            # of diffusion.SCHEDULES
     shape: tuple                # (C, H, W) of x_0
     image_shape: tuple          # (3, H, W) of the images that `decode` makes of x_0 (N, C, H, W)
@@ -189,18 +183,16 @@ class Source:
 
 def open_source(args, device):
     """The flags of add_flags -> Source. Raises ValueError or OSError, in one line, where they do not fit the file."""
-    found = from_checkpoint(args) if args.ckpt else from_weights(args)
-    path, config, arguments = args.ckpt or args.weights, found["config"], found["model_args"]
+    found, path = read(args), args.ckpt or args.weights
+    config, arguments = found["config"], found["model_args"]
+    if not config.get("schedule"):
+        raise ValueError(f"{path}: {config['model']} does not generate images: nothing to sample")
     shape, names, null, encoding = tuple(found["shape"]), found["class_names"], found["null"], found["encoding"]
     if args.cfg_channels and args.cfg_channels > shape[0]:
         raise ValueError(f"--cfg-channels {args.cfg_channels}: {path} has {shape[0]} channels")
-    model = train.build(config["model"], arguments)
-    load_weights(model, found["weights"], path)
-    model = model.to(device).eval()
-    if hasattr(model, "fold"):
-        model = model.fold()        # U-DiT: the branches of its convolutions merged, once for all steps
-    if args.compile:
-        model.compile()
+    model, weak = network(found, path, device, args.compile), None
+    if args.guide_with:
+        weak = network(weaker(args.guide_with, found, path), args.guide_with, device, args.compile)
 
     if encoding and args.autoencoder:
         encoding = dict(encoding, autoencoder=args.autoencoder)
@@ -218,37 +210,52 @@ def open_source(args, device):
     settings = {name: config[key] if given is None else given for name, given, key in [
         ("sampler", args.sampler, "sampler"), ("steps", args.steps, "sample_steps"), ("w", args.cfg, "cfg"),
         ("interval", args.cfg_interval, "cfg_interval"), ("clip", args.clip_x0, "clip_x0")]}
+    if weak and settings["w"] == 1 and not getattr(args, "sweep", None):
+        raise ValueError("--guide-with: give a guidance weight too, such as --cfg 2 (1 is no guidance)")
     return Source(
-        model, train.schedule_of(config), shape, (3, *[encoding["image_size"]] * 2) if encoding else shape,
+        model, weak, recipes.schedule_of(config), shape, (3, *[encoding["image_size"]] * 2) if encoding else shape,
         encode.decoder(encoding, device), classes, tuple(names) if len(names) == classes else (), encode_text, null,
         dict(settings, channels=args.cfg_channels, seed=args.seed), path, found["step"], found["which"], args.compile)
 
 
-def from_checkpoint(args):
-    """--ckpt -> the dict of train.py's checkpoint, and in it "weights", those to use, and "which" of its weights."""
-    state = train.read_checkpoint(args.ckpt)
-    state["config"] = {**train.COMMON, **state["config"]}           # older runs lack some keys
-    if args.raw:
+def read(args):
+    """--ckpt or --weights -> {"weights": {name: tensor}, "which": of the file's they are, and, as in train.py's
+    checkpoint, config, model_args, shape, class_names, encoding, step, null}."""
+    found = from_checkpoint(args.ckpt, args.raw, args.ema) if args.ckpt else from_weights(args)
+    return dict(found, config={**recipes.COMMON, **found["config"]})          # older runs lack some keys
+
+
+def from_checkpoint(path, raw=False, ema=None):
+    """A checkpoint of train.py -> the dict of `read`. ema is the decay of one of several averages."""
+    state = train.read_checkpoint(path)
+    if raw:
         return dict(state, weights=state["model"], which="raw")
-    first, *_ = np.ravel(state["config"]["ema"]).tolist()           # and have one average
+    first, *_ = np.ravel(state["config"].get("ema", recipes.COMMON["ema"])).tolist()      # older runs have one average
     averages = {**{float(decay): weights for decay, weights in state.get("averages", {}).items()}, first: state["ema"]}
-    decay = args.ema or first
+    decay = ema or first
     if decay not in averages:
-        raise ValueError(f"--ema {decay}: {args.ckpt} has the averages {', '.join(map(str, averages))}")
+        raise ValueError(f"--ema {decay}: {path} has the averages {', '.join(map(str, averages))}")
     return dict(state, weights=averages[decay], which=f"EMA {decay:g}")
 
 
 def from_weights(args):
-    """--weights, --model and --data -> a dict with the keys of from_checkpoint's that open_source reads."""
+    """--weights, and the flags that say what they are -> the dict of `read`."""
+    path = recipes.find(args.weights)
+    if about := described(path):
+        if given := [flag for flag in DESCRIBED if getattr(args, flag)]:
+            raise ValueError(f"--{given[0].replace('_', '-')}: {path} says itself what it is")
+        return dict(about, weights=recipes.read_weights(path)[0], null=None)
+    if not (args.model and args.data):
+        raise ValueError("--weights needs --model and --data: which network it is, and what it was trained on")
     kind = data.kind(args.data)
-    config = dict(train.recipe(args.model, kind, args.schedule), model=args.model)
+    config = dict(recipes.recipe(args.model, kind, args.schedule), model=args.model, data=args.data)
     config.update({key: getattr(args, key) for key in ("predict", "compare") if getattr(args, key)})
     encoded = args.data not in data.DATASETS and kind != "folder"
     encoding = data.read_encoding(args.data) if encoded else encode.released_encoding(args.model, args.data)
     size = args.image_size or (encoding["image_size"] if encoding else data.IMAGE_SIZE[kind])
-    weights, key = read_weights(args.weights, args.raw)
-    known = inspect.signature(train.NETWORKS[train.family(args.model)]).parameters
-    given = dict(train.parse_argument(item, known) for item in args.model_args)
+    weights, key = recipes.read_weights(path, args.raw)
+    known = inspect.signature(recipes.NETWORKS[recipes.family(args.model)]).parameters
+    given = dict(recipes.parse_argument(item, known) for item in args.model_args)
     if encoded or kind == "folder":
         names = encoding["class_names"] if encoded else data.list_images(args.data)[2]
     else:
@@ -258,6 +265,62 @@ def from_weights(args):
     return dict(config=config, model_args=arguments, weights=weights, step=None, null=None, class_names=names,
                 shape=(arguments["in_channels"], *[arguments["image_size"]] * 2), encoding=encoding,
                 which={"ema": "EMA", "model_ema1": "EMA", "model": "raw"}.get(key, "as they are"))
+
+
+def described(path):
+    """What --export wrote into a file, a dict of EXPORTED's keys, or None where another program wrote it."""
+    if path.suffix != ".safetensors":
+        return None
+    package = recipes.import_safetensors(path)
+    try:
+        with package.safe_open(path, "pt") as file:
+            return {key: json.loads(file.metadata()[key]) for key in EXPORTED}
+    except Exception:       # no metadata, or a damaged file, of which read_weights says what is wrong
+        return None
+
+
+def weaker(path, found, strong):
+    """A checkpoint -> the dict of `read` where it can guide what was `found` in the file `strong`, else ValueError."""
+    def task(found):
+        config, arguments, schedule = found["config"], found["model_args"], recipes.schedule_of(found["config"])
+        return dict(data=config["data"], schedule=config["schedule"], predict=schedule.predict, shape=[*found["shape"]],
+                    noise_scale=schedule.noise_scale, num_classes=arguments["num_classes"],
+                    text_dim=arguments.get("text_dim"))
+
+    weak = from_checkpoint(path)
+    for (key, theirs), ours in zip(task(weak).items(), task(found).values()):
+        if theirs != ours:
+            raise ValueError(f"--guide-with {path}: its {key} is {theirs}, that of {strong} is {ours}")
+    return weak
+
+
+def network(found, path, device, compiled):
+    """The network of a dict of `read`, with its weights, ready to sample. Raises ValueError where they do not fit."""
+    model = recipes.build(found["config"]["model"], found["model_args"])
+    load_weights(model, found["weights"], path)
+    model = model.to(device).eval()
+    if hasattr(model, "fold"):
+        model = model.fold()        # U-DiT: the branches of its convolutions merged, once for all steps
+    if compiled:
+        model.compile()
+    return model
+
+
+def export(args):
+    """Write the weights that the flags choose, and what they are, into args.export, a file of safetensors."""
+    found, part = read(args), f"{args.export}.{secrets.token_hex(4)}.part"
+    package = recipes.import_safetensors(args.export)
+    weights = {name: value.contiguous() for name, value in found["weights"].items()}
+    metadata = {"format": "pt", **{key: json.dumps(found[key]) for key in EXPORTED}}
+    try:
+        package.torch.save_file(weights, part, metadata)
+        os.replace(part, args.export)
+    except (OSError, package.SafetensorError) as error:
+        raise OSError(f"--export {args.export}: could not be written ({data.one_line(error)})") from None
+    finally:
+        Path(part).unlink(missing_ok=True)
+    numbers = sum(value.numel() for value in weights.values()) / 1e6
+    print(f"{args.export}: {numbers:.2f} M numbers from {args.ckpt or args.weights} (weights {found['which']})")
 
 
 def released_arguments(weights, size, classes, given):
@@ -340,8 +403,9 @@ def sampled(source, conditions, num, batch_size, here, amp=False, **settings):
             batch = range(first, first + size) if source.compiled else indices
             y = None if conditions is None else conditions[torch.tensor(batch) % len(conditions)].to(here.device)
             with torch.autocast(here.device.type, torch.bfloat16, enabled=amp):
-                x0 = diffusion.generate(source.model, source.schedule, source.shape, batch, y, source.null, **settings,
-                                        device=here.device, progress=here.rank == 0)[:len(indices)]
+                x0 = diffusion.generate(source.model, source.schedule, source.shape, batch, y, source.null,
+                                        weak=source.weak, **settings, device=here.device,
+                                        progress=here.rank == 0)[:len(indices)]
             if not x0.isfinite().all():
                 raise ValueError(f"{source.path}: images {first} to {indices[-1]} are not finite (NaN); try --amp off, "
                                  "another --sampler, or other weights")
@@ -400,6 +464,10 @@ def write(args, source, y, num, rows, here):
 def main(argv=None):
     args = parse(argv)
     here = train.Processes(args.device)
+    if args.export:
+        if here.rank == 0:
+            export(args)
+        return here.close()
     source = open_source(args, here.device)
     y, asked = parse_conditions(args, source), args.labels or args.prompt or args.prompts
     if y is not None and args.form == ".png" and not asked:
@@ -416,7 +484,8 @@ def main(argv=None):
         settings, step = source.settings, "" if source.step is None else f", step {source.step}"
         w = ", ".join(f"{w:g}" for w in args.sweep or [settings["w"]])
         print(f"{args.out}: {count} images from {source.path} (weights {source.weights}{step}), "
-              f"{settings['sampler']} {settings['steps']} steps, w {w}, seed {settings['seed']}")
+              f"{settings['sampler']} {settings['steps']} steps, w {w}, seed {settings['seed']}"
+              + f", guided by {args.guide_with}" * bool(args.guide_with))
     here.close()
 
 
