@@ -7,12 +7,11 @@
 
 Weights and data are random, and have the shape of the data set (--loop reads real data). A block is a number of calls
 that takes 0.2 s or longer and ends with one wait for the device. The compared settings are timed alternately, A B A B,
-so that a drift of the machine affects all alike, after two calls of each. The table shows the time of a call in the
-median block, in the quickest and in the slowest one.
+so that a drift of the machine affects all alike. The table shows the median, quickest and slowest block's.
 
 share   the rate of the multiply-adds that the network needs, divided by that of a large matrix product of the same type
-        in the same run. Of a forward pass they are counted (torch.utils.flop_counter, U-DiT's convolutions merged); a
-        training step needs three times as many, whether or not activations are computed again
+        in the same run. A forward pass's are counted (U-DiT's convolutions merged); a training step needs three times
+        as many, whether or not activations are computed again
 GB      peak memory, beyond what was held before the network was built (on a CPU: of the process; Linux only)
 """
 import argparse
@@ -28,7 +27,6 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable
 
 import torch
@@ -36,43 +34,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import diffusion
+import recipes
 import train
 
 BLOCK = 0.2                                     # seconds
 CEILING = {"cpu": 2048, "cuda": 8192}           # rows and columns of the large matrices
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 DATA = data.DATASETS | {"folder": data.Named(None, 256, (3, 256, 256), 1000)}     # ImageNet's own pixels, as files
 
 # The rows of --papers: flags without dashes, and what is published for them (training: steps/s times the batch).
-VANILLA = "cosine=False rotary=False ffn_conv=False reparam=False"
 SAMPLE = "measure=sampling batch-size=500 repeats=3"
 STEP = "data=imagenet256 measure=step"
-ON_GPU = [
+PAPERS = [
     ("model=uvit_s2 data=cifar10 measure=forward batch-size=1", "A40: 55 images/s"),
     ("model=uvit_s2 data=cifar10 measure=forward batch-size=500", "A40: 1125 images/s"),
     (f"model=uvit_s2 data=cifar10 {SAMPLE}", "A100: 19 s"),
     (f"model=uvit_m4 data=imagenet64 {SAMPLE}", "A100: 34 s"),
     (f"model=uvit_l2 data=imagenet256 {SAMPLE}", "A100: 59 s"),
     (f"model=uvit_h2 data=imagenet256 {SAMPLE}", "A100: 89 s"),
-    (f"model=uvit_h2 data=imagenet256 {SAMPLE} cfg=1.4", "A100: about 178 s"),
-    ("model=uvit_s2 data=cifar10 measure=step batch-size=128", ""),
     (f"model=uvit_l2 {STEP} batch-size=128", "A100: 53 GB"),
     (f"model=uvit_l2 {STEP} batch-size=128 grad-checkpoint", "A100: 10 GB"),
     (f"model=uvit_h2 {STEP} batch-size=128", "A100: 146 images/s, 54.3 GB"),
     (f"model=uvit_h2 {STEP} batch-size=128 grad-checkpoint", "A100: 111 images/s, 18.9 GB"),
     (f"model=dit_xl2 {STEP} batch-size=128", "A100: 108 images/s"),
     (f"model=dit_xl2 {STEP} batch-size=32", "each of 8 A100: 54.7 images/s"),
-    (f"model=udit_b {STEP} batch-size=32 {VANILLA}", "each of 8 A100: 100 images/s"),
-    (f"model=udit_b {STEP} batch-size=32", ""),
-    (f"model=udit_l {STEP} batch-size=32 {VANILLA}", "each of 8 A100: 49.6 images/s"),
     (f"model=udit_l {STEP} batch-size=32", "each of 8 A100: 26.9 images/s"),
-]
-ON_CPU = [      # papers have none: these show the released code, on two cores with bf16 instructions
-    ("model=uvit_s2 data=cifar10 batch-size=8 repeats=5 amp=off", "forward 1130 ms, step 3435 ms"),
-    ("model=uvit_s2 data=cifar10 batch-size=8 repeats=5 amp=bf16", "forward 590 ms, step 1891 ms"),
-    ("model=dit_s2 data=imagenet256 batch-size=8 repeats=5 amp=off", "forward 688 ms, step 1910 ms"),
-    ("model=udit_s data=imagenet256 batch-size=4 repeats=5 amp=off", "forward 561 ms, step 2237 ms"),
 ]
 
 
@@ -82,7 +68,7 @@ def parse(argv):
                                 allow_abbrev=False)
     yes_no = argparse.BooleanOptionalAction
     add = p.add_argument_group("what is measured").add_argument
-    add("--model", metavar="NAME", help=", ".join(train.MODELS))
+    add("--model", metavar="NAME", help=", ".join(recipes.MODELS))
     add("--data", metavar="NAME", help=f"{', '.join(DATA)}; with --loop, whatever train.py takes")
     add("--data-dir", metavar="DIR", help="with --loop: where named data lie (default data/)")
     add("--image-size", type=int, metavar="PIXELS", help="other than the data set's (of latents: cells)")
@@ -92,8 +78,7 @@ def parse(argv):
     add("--compare", nargs=2, dest="pair", metavar=("A", "B"), help="two settings, each in quotes: some of these flags "
         "without dashes, or arguments of the network: --compare amp=off 'amp=bf16 compile', or --compare '' skip=none")
     add("--loop", action="store_true", help="training steps on random images, on stored ones, and the reading alone")
-    add("--papers", action="store_true", help="the rows that the papers print, beside what they report; small ones on "
-        "a CPU. Other flags hold for every row")
+    add("--papers", action="store_true", help="the rows that the papers print, with what they report")
     add = p.add_argument_group("in which setting").add_argument
     add("--batch-size", type=int, metavar="N", help="images at a time (default: the recipe's on cuda, 8 on cpu)")
     add("--amp", choices=DTYPES, help="autocast type (default bf16 on cuda, off on cpu)")
@@ -137,32 +122,34 @@ def flags(words):
 def configure(args):
     """The flags over the recipe's values, and what follows from them: dataset, shape, arguments, parameters, macs."""
     given = {key: value for key, value in vars(args).items() if value is not None}
-    recipe = train.recipe(args.model, args.data) | ({"batch_size": 8} if args.device == "cpu" else {})
+    recipe = recipes.recipe(args.model, args.data) | ({"batch_size": 8} if args.device == "cpu" else {})
+    if "schedule" not in recipe:
+        raise ValueError(f"--model {args.model}: bench.py measures diffusion networks alone")
     config = argparse.Namespace(**vars(args) | recipe | given, accumulate=1)
     data.check(vars(config))
     if config.loop:
         config.dataset = data.load(config.data, config.data_dir, config.image_size)
     else:
         known = DATA[config.data]
-        channels, size = known.shape[0], config.image_size or known.shape[1]
-        config.dataset = SimpleNamespace(shape=(channels, size, size), num_classes=known.num_classes, text=known.text)
+        shape = (known.shape[0], *[config.image_size or known.shape[1]] * 2)
+        config.dataset = argparse.Namespace(shape=shape, num_classes=known.num_classes, text=known.text)
     config.shape, config.text = config.dataset.shape, config.dataset.text
     config.class_cond = config.dataset.num_classes > 0 if config.class_cond is None else config.class_cond
     config.label_dropout = config.label_dropout if config.class_cond else 0.0
-    config.arguments = train.model_arguments(config, config.dataset)
+    config.arguments = recipes.model_arguments(config, config.dataset)
     if config.cfg != 1 and not config.text and not config.label_dropout:
         raise ValueError(f"--cfg {config.cfg}: {config.model} learns no null label on {config.data}, leave it at 1")
     with torch.device("meta"):      # shapes alone: nothing is allocated or computed
-        config.parameters, config.macs = count(train.build(config.model, config.arguments), config)
+        config.parameters, config.macs = count(recipes.build(config.model, config.arguments), config)
     return config
 
 
 @torch.no_grad()
 def count(model, config):
     """Parameters of a network, and multiply-adds of its forward pass of one image, convolutions merged."""
-    fast = model.fold() if hasattr(model, "fold") else model
+    batch, fast = inputs(config, "meta"), model.fold() if hasattr(model, "fold") else model
     with FlopCounterMode(display=False) as counter:
-        fast(*inputs(argparse.Namespace(**vars(config) | {"batch_size": 1}), torch.device("meta")))
+        fast(*(z if z is None else z[:1] for z in batch))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
@@ -181,9 +168,8 @@ class Work:
 
 def network(config, device, training=False):
     with torch.device(device):
-        model = train.build(config.model, config.arguments | {"checkpoint": config.grad_checkpoint})
-    if not training and config.fold and hasattr(model, "fold"):
-        model = model.fold()
+        model = recipes.build(config.model, config.arguments | {"checkpoint": config.grad_checkpoint})
+    model = model.fold() if not training and config.fold and hasattr(model, "fold") else model
     if not training and config.compile:         # a Learner compiles its network itself
         model.compile()
     return model
@@ -192,13 +178,9 @@ def network(config, device, training=False):
 def inputs(config, device):
     """A random batch: x0 (N, C, H, W), network times (N,), and labels (N,), text features (N, T, F) or None."""
     n, classes = config.batch_size, config.arguments["num_classes"]
-    y = torch.randint(classes, (n,), device=device) if classes else None
-    y = torch.randn(n, *config.text, device=device) if config.text else y
+    y = (torch.randn(n, *config.text, device=device) if config.text else
+         torch.randint(classes, (n,), device=device) if classes else None)
     return torch.randn(n, *config.shape, device=device), 999 * torch.rand(n, device=device), y
-
-
-def autocast(config):
-    return torch.autocast(config.device, DTYPES[config.amp], enabled=config.amp != "off")
 
 
 def forward(config, here):
@@ -206,7 +188,7 @@ def forward(config, here):
     model, (x, t, y) = network(config, here.device), inputs(config, here.device)
 
     def run():
-        with torch.no_grad(), autocast(config):
+        with torch.no_grad(), torch.autocast(config.device, DTYPES[config.amp], enabled=config.amp != "off"):
             model(x, t, y)
 
     return Work(run, config.batch_size, config.batch_size * config.macs, config.amp)
@@ -215,12 +197,12 @@ def forward(config, here):
 def sampling(config, here):
     """Images from noise, as sample.py makes them. Guidance calls the network twice."""
     model, (_, _, y) = network(config, here.device), inputs(config, here.device)
-    schedule = train.schedule_of(vars(config))
+    schedule = recipes.schedule_of(vars(config))
     sampler = "euler_ode" if config.schedule in ("flow", "gvp") else "dpm_solver"
     null = torch.zeros(config.text) if config.text else torch.tensor(config.arguments["num_classes"])
 
     def run():
-        with autocast(config):
+        with torch.autocast(config.device, DTYPES[config.amp], enabled=config.amp != "off"):
             diffusion.generate(model, schedule, config.shape, range(config.batch_size), y, null.to(here.device),
                                w=config.cfg, sampler=sampler, steps=config.evaluations, device=here.device)
 
@@ -230,7 +212,8 @@ def sampling(config, here):
 
 def training(config, here):
     """A step of train.py, from a batch on the device to new weights and their average."""
-    learner = train.Learner(network(config, here.device, training=True), train.schedule_of(vars(config)), config, here)
+    schedule = recipes.schedule_of(vars(config))
+    learner = train.Learner(network(config, here.device, training=True), schedule, config, here)
     random_x0, _, random_y = inputs(config, here.device)
 
     def run(x0=random_x0, y=random_y):
@@ -360,22 +343,20 @@ def measure(configs, here):
             label = f"{name} {part}".strip()
             try:
                 works[label] = warm_up(lambda: WORKS[part](setting, here), here.device)
-            except Exception as error:      # OutOfMemoryError, a RuntimeError on a CPU, or train.build's ValueError
+            except Exception as error:      # OutOfMemoryError, a RuntimeError on a CPU, or recipes.build's ValueError
                 if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                     raise
                 yield {"work": label, "error": "out of memory"}
         yield from compare(works, config.repeats, here.device) if works else []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
 HEAD = f"{'':>20} {'ms':>10} {'quickest':>10} {'slowest':>10} {'images/s':>10} {'TFLOP/s':>8} {'share':>7} {'GB':>7}"
 
 
 def title(name, c):
     """A setting in words."""
-    words = [f"batch {c.batch_size}", f"amp {c.amp}", *["compile"] * c.compile, *c.model_args]
-    words += [f"grad-checkpoint {c.grad_checkpoint}"] * (c.grad_checkpoint > 0)
+    words = [f"batch {c.batch_size}", f"amp {c.amp}", *["compile"] * c.compile, *c.model_args,
+             *[f"grad-checkpoint {c.grad_checkpoint}"] * (c.grad_checkpoint > 0)]
     if "sampling" in c.measure and not c.loop:
         words += [f"{c.evaluations} evaluations for a sample", *[f"guidance {c.cfg}"] * (c.cfg != 1)]
     return (f"{name} {c.model}, {c.data} {'x'.join(map(str, c.shape))}: {c.parameters / 1e6:.2f} M parameters, "
@@ -404,12 +385,11 @@ def main(argv=None):
                   cpu_threads=torch.get_num_threads(), torch=torch.__version__, results=[])
     say = (lambda text: None) if args.json else partial(print, flush=True)
     say(f"{report['device']}, torch {report['torch']}, {report['cpu_threads']} CPU threads")
-    papers, source = (ON_GPU, "published") if cuda else (ON_CPU, "the released code on two cores")
-    for words, reported in papers if args.papers else [("", "")]:
+    for words, reported in PAPERS if args.papers else [("", "")]:
         names = dict(zip("AB", args.pair)) if args.pair else {"": ""}
         configs = {name: configure(parse([*flags(words), *argv, *flags(setting)])) for name, setting in names.items()}
         say("\n" + "\n".join(title(*pair) for pair in configs.items()))
-        say((f"{source}: {reported}\n" if reported else "") + HEAD)
+        say((f"published: {reported}\n" if reported else "") + HEAD)
         rows = []
         for row in measure(configs, here):
             say(line(row))
