@@ -1,11 +1,10 @@
 """Every test: what the files of this project compute, and what they refuse.
 
-    python -m pytest test_all.py        # a minute and a half on two idle CPU cores
+    python -m pytest test_all.py        # under a minute on two idle CPU cores
 
 Each test says in one line which property it holds. "As released" means: as the released code of the papers computed
 it, from weights and inputs that are functions of names and seeds (`fill`, `inputs`), so that a few numbers carried over
-here pin down a whole network or sampler. Proofs that take minutes (kills, restarts, soak, learning to a threshold) are
-in .ci/endure.py.
+here pin down a whole network or sampler. Kills, damaged files, several processes and all that is slow: .ci/endure.py.
 """
 import argparse
 import collections
@@ -13,6 +12,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import http.server
 import inspect
 import itertools
 import json
@@ -21,10 +21,9 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import zipfile
+import threading
 import zlib
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -47,6 +50,8 @@ import dit
 import encode
 import fid
 import jit
+import objectives
+import recipes
 import sample
 import train
 import udit
@@ -54,8 +59,9 @@ import unet
 import uvit
 
 HERE = Path(__file__).parent
-SMALL = ("--model uvit_tiny --data shapes --model-args width=32 heads=2 --batch-size 8 --steps 6 --warmup 2 "
-         "--log-every 1 --save-every 3 --sample-every 0 --device cpu").split()
+SMALL = ("--model uvit_tiny --data shapes --schedule vp --model-args width=32 heads=2 depth=2 "
+         "--batch-size 8 --steps 6 --warmup 2 --lr-schedule constant --log-every 1 --save-every 3 --sample-every 0 "
+         "--device cpu").split()
 
 
 def fill(state_dict, keep=()):
@@ -113,6 +119,12 @@ def shell(*arguments, timeout=600, **environment):
                           timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
+def refuses(words, function, *arguments, error=ValueError, **options):
+    """Assert that this call raises a ValueError (or another error) of one line, in which the words match."""
+    with pytest.raises(error, match=rf"^.*({words}).*\Z"):
+        function(*arguments, **options)
+
+
 def log_of(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
@@ -134,17 +146,6 @@ def run(tmp_path_factory):
 # What each command refuses: {script: [(flags, words of the message), or (flags, words, function that makes files)]}.
 # Flags are one string or a list, in which {run} is a finished run; the function gets the folder where the command runs.
 REFUSALS = collections.defaultdict(list)
-
-
-def nearest_shape(images):
-    """What uint8 images (N, 3, S, S) show: (class (N,), distance (N,)), by the nearest of 1000 drawn shapes.
-
-    distance is the root mean square difference in grey levels: under about 20 the shape is clean; noise is far.
-    """
-    known = data.shapes(image_size=images.shape[-1], length=1000)
-    distances = torch.cdist(images.flatten(1).float(), known.images.flatten(1).float()) / images[0].numel() ** 0.5
-    distance, index = distances.min(dim=1)
-    return known.labels[index], distance
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,40 +192,35 @@ LABELLED = dict(shape=(2, 4, 32, 32), num_classes=1000, times=(0, 999))
 
 @pytest.mark.parametrize("name, arguments, given, norm, values", [
     ("uvit_h2", dict(LATENT, **NARROW), dict(shape=(2, 4, 32, 32), num_classes=1001, times=(1, 1000)),
-     1.011075, [0.6560059, -0.2897426, -0.295461, 0.949129]),
-    ("uvit_s4", dict(NARROW, skip="none"), dict(shape=(2, 3, 32, 32), times=(1, 998)),
-     0.9151295, [0.02194895, -0.2078884, 0.301134, -0.4992652]),
+     1.011075, [0.6560059, -0.295461]),
+    ("uvit_s4", dict(NARROW, skip="none"), dict(shape=(2, 3, 32, 32), times=(1, 998)), 0.9151295, [0.021949, 0.301134]),
     ("uvit_s2", dict(TEXT, **NARROW), dict(shape=(2, 4, 32, 32), text=(77, 768), times=(1, 1000)),
-     0.9539973, [0.04807537, -0.004667312, 0.6445962, -0.3889923]),
-    ("dit_s2", LATENT, LABELLED, 1.123117, [-0.0562032, -0.3753735, -0.7029108, -2.491824]),
-    ("udit_s", LATENT, LABELLED, 1.055047, [0.1152816, -0.4762564, 0.2458447, 0.176999]),
+     0.9539973, [0.04807537, 0.6445962]),
+    ("dit_s2", LATENT, LABELLED, 1.123117, [-0.0562032, -0.7029108]),
+    ("udit_s", LATENT, LABELLED, 1.055047, [0.1152816, 0.2458447]),
     ("jit_tiny", dict(width=128, bottleneck=16, num_classes=10), dict(shape=(4, 3, 32, 32), num_classes=11, seed=3),
-     1.020194, [0.7427914, -0.4685781, -0.9262719, -1.516144]),
-])
+     1.020194, [0.7427914, -0.9262719])])
 @torch.no_grad()
 def test_network_computes_what_the_released_one_does(name, arguments, given, norm, values):
-    """Four numbers of the output and its norm are as released, within 1e-5 (of the largest number of the output)."""
-    model, batch = train.MODELS[name](**arguments), inputs(**given)
+    """Two numbers of the output and its norm are as released, within 1e-5 (of the largest number of the output)."""
+    model = recipes.MODELS[name](**arguments)
     model.load_state_dict(fill(model.state_dict()))
-    out = model(*batch)
-    assert (out.flatten()[::out.numel() // 4] - torch.tensor(values)).abs().max() < 1e-5 * out.abs().max()
+    out = model(*inputs(**given))
+    assert (out.flatten()[::out.numel() // 2] - torch.tensor(values)).abs().max() < 1e-5 * out.abs().max()
     assert out.square().mean().sqrt().item() == pytest.approx(norm, rel=1e-5)
 
 
-# For each variant: its output along a fixed direction, and again with small weights at the end of each branch. What
-# enters a norm is then small, so that its eps counts. Taken when the parts of U-Net and U-DiT equalled their formulas.
-ENDS = r"bias|pos_emb|label_emb|(patch|context)_embed|x_embedder|stem|conv2|proj_in|attn.?\.proj|to_out|fc2|w3|_out\."
+# For each variant: its output along a fixed direction, plus the same with small weights at the end of each branch (what
+# enters a norm is then small, in JiT also queries and keys, so that its eps counts) and with U-DiT's cosines scaled by
+# more than the 100 it allows. Taken when the parts of U-Net, U-DiT and JiT equalled their formulas.
+ENDS = r"bias|pos_emb|label_emb|(patch|context)_embed|x_embedder|stem|conv2|proj_in|to_out|fc2|w3|_out\."
 DIRECTIONS = {
-    "uvit": {"labels": (0.566435, 0.554529), "text": (0.486702, 0.503920), "adaln": (0.013149, 0.133349),
-             "add": (0.183737, 0.139980), "genvit": (-0.095643, 0.272557)},
-    "dit": {"adaln_zero": (-0.836447, -0.580826), "adaln": (-0.249429, -0.263121), "cross": (-0.239529, -0.458212),
-            "in_context": (-0.206177, -0.117269), "unconditional": (-0.724523, -0.508609)},
-    "udit": {"full": (-1.245770, -1.234721), "vanilla": (-1.391766, -1.242433), "dit-unet": (-0.828523, -0.897525),
-             "kv": (-0.825330, -1.020814), "shuffle": (-0.952402, -1.072175), "no-ffn-conv": (-1.429327, -1.147160),
-             "folded": (-1.063321, -0.971252)},
-    "unet": {"iddpm": (0.129703, 0.013316), "ldm": (0.046186, -0.062664), "unconditional": (0.170971, 0.013465),
-             "adm": (-0.643526, -0.435128)},
-    "jit": {"labels": (-0.039376, 0.306986), "unconditional": (-0.118950, 0.204261), "as-dit": (0.065564, 0.015474)},
+    "uvit": dict(labels=1.120964, text=0.990622, adaln=0.146498, add=0.323717, genvit=0.176914),
+    "dit": dict(adaln_zero=-1.417273, adaln=-0.512550, cross=-0.697741, in_context=-0.323446, unconditional=-1.233132),
+    "udit": {"full": -2.472040, "vanilla": -2.634199, "dit-unet": -1.726047, "kv": -1.926147, "shuffle": -2.016352,
+             "no-ffn-conv": -2.553306, "folded": -2.120649},
+    "unet": dict(iddpm=0.143019, ldm=-0.016478, unconditional=0.184436, adm=-1.078654),
+    "jit": {"labels": 0.289562, "unconditional": 0.108231, "as-dit": -0.003838},
 }
 
 
@@ -232,12 +228,13 @@ DIRECTIONS = {
 @torch.no_grad()
 def test_network_computes_what_it_did(family, variant):
     """Each variant's output, projected on a fixed direction, is what it was, also if little enters the norms."""
-    (model, batch), found = tiny(family, variant), []
-    for factor in (1, 3e-3):
+    (model, batch), found = tiny(family, variant), 0
+    small = ENDS + ("|qkv" if family == "jit" else r"|attn.?\.proj")
+    for factor, scale in (1, 1), (3e-3, 3):
         for name, p in model.state_dict().items():
-            p *= factor if re.search(ENDS, name) else 1
+            p *= factor if re.search(small, name) else scale if name.endswith("logit_scale") else 1
         out = model(*batch).flatten()
-        found.append((out @ torch.arange(len(out)).sin() / out.norm()).item())
+        found += (out @ torch.arange(len(out)).sin() / out.norm()).item()
     assert found == pytest.approx(DIRECTIONS[family][variant], abs=1e-5)
 
 
@@ -263,8 +260,8 @@ RELEASED = [    # name, arguments, hash of names and shapes (if weights are rele
     ("unet_cifar", {}, None, 52.53, None), ("unet_ldm_text", {}, None, 52.97, None),            # published: 53 M each
     ("unet_adm", LATENT, None, 645.90, 135.37),                                # published: 646 M, 135 GMACs
     *[(f"jit_{size}", dict(num_classes=1000), *row) for size, *row in [
-        ("b16", "4f31701b4a371ac4", 131.32, 25.22), ("l16", "946ec9ab4963c5a9", 459.14, None),
-        ("h16", "a7ad504f8b19f50a", 952.84, None), ("g16", None, 2007.56, None), ("b32", None, 133.39, None)]],
+        ("b16", "4f31701b4a371ac4", 131.32, 25.22), ("l16", "946ec9ab4963c5a9", 459.14, 87.94),
+        ("h16", "a7ad504f8b19f50a", 952.84, 181.95), ("g16", None, 2007.56, 383.74), ("b32", None, 133.39, None)]],
 ]
 
 
@@ -273,7 +270,7 @@ RELEASED = [    # name, arguments, hash of names and shapes (if weights are rele
 def test_network_has_the_released_names_shapes_and_size(name, arguments, names_hash, millions, gmacs):
     """A released checkpoint has these names and shapes, so it loads strictly; the counts are as published."""
     with torch.device("meta"):      # shapes alone: nothing is allocated or computed
-        model = train.MODELS[name](**arguments)
+        model = recipes.MODELS[name](**arguments)
         x, text = torch.zeros(1, model.in_channels, *model.image_size), getattr(model, "text_shape", None)
         y = torch.zeros(1, *text) if text else torch.zeros(1, dtype=torch.int64) if model.label_rows else None
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -317,12 +314,12 @@ def test_network_listens(family, variant):
         assert min((out[i] - out[j]).abs().max() for i in range(n) for j in range(i)) > 1e-3
 
 
-@pytest.mark.parametrize("family", NETWORKS)
-def test_checkpointing_changes_no_gradient(family):
+@pytest.mark.parametrize("family, arguments", [*((family, {}) for family in NETWORKS), ("jit", dict(dropout=0.3))])
+def test_checkpointing_changes_no_gradient(family, arguments):
     """checkpoint=k runs every k-th block's forward twice and gives the same gradients, bit for bit."""
     gradients = []
     for checkpoint in (False, True, 2):
-        model, batch = tiny(family, checkpoint=checkpoint)
+        model, batch = tiny(family, checkpoint=checkpoint, **arguments)         # and the seed
         blocks, calls = [module for module in model.modules() if hasattr(module, "recomputed")], []
         for block in blocks:
             block.register_forward_pre_hook(lambda module, given: calls.append(module))
@@ -348,43 +345,24 @@ def test_network_runs_in_other_types(family, variant):
         assert (out.double() - exact).norm() < bound * exact.norm()
 
 
-@pytest.mark.parametrize("family, arguments", [
-    ("udit", dict(depths=(0, 0, 1, 0, 0), ffn_conv=False)), ("jit", dict(depth=1, context_start=0))])
-@pytest.mark.filterwarnings("ignore")
-def test_network_with_rotary_positions_can_be_traced_and_exported(family, arguments):
-    """jit.trace, and torch.export with a dynamic batch, give the network's outputs for a batch of another size."""
-    model, batch = tiny(family, **arguments)
-    more, dynamic = [torch.cat([z, z, z[:3]]) for z in batch], ({0: torch.export.Dim("batch", max=64)},) * 3
-    exported = torch.export.export(model, tuple(batch), dynamic_shapes=dynamic).module()
-    for other in (exported, torch.jit.trace(model, batch, check_trace=False)):
-        assert relative(other(*more), model(*more)) < 1e-5
-
-
-REFUSED = {     # family: [(arguments, words of the message)]
-    "uvit": [(dict(image_size=9), "patch_size 2"), (dict(width=33), "width 33"), (dict(depth=3), "depth 3 is odd"),
-             (dict(skip="film"), "none of 'concat'"), (dict(time="film"), "none of 'token'"),
-             (dict(num_classes=2, text_dim=2), "labels or text")],
-    "dit": [(dict(image_size=9), "patch_size 2"), (dict(heads=5), "heads 5"), (dict(width=66, heads=3), "and of 4"),
-            (dict(block="zero"), "'zero' is none of")],
-    "udit": [(dict(image_size=20), "multiple of 8"), (dict(heads=3), "heads 3"), (dict(width=12), "rotary"),
-             (dict(depths=(1, 1, 1)), "five"), (dict(downsample="half"), "none of tokens"),
-             (dict(downsampler="pool"), "none of shortcut")],
-    "unet": [(dict(image_size=9), "multiple of 2, for 2 levels"), (dict(channels=48), "multiple of 32"),
-             (dict(multipliers=()), "multipliers"), (dict(multipliers=(1, 0)), "multipliers"),
-             (dict(blocks=0), "blocks 0"), (dict(attention=(4,)), r"the levels \[1, 2\]"),
-             (dict(head_channels=48), "head_channels 48"), (dict(resample="pool"), "none of 'conv'"),
-             (dict(num_classes=2, text_dim=2), "labels or text")],
-    "jit": [(dict(image_size=9), "patch_size 2"), (dict(heads=5), "heads 5"), (dict(width=66, heads=3), "and of 4"),
-            (dict(width=36, heads=6), "rotary"), (dict(context_start=4), "the index of one of 4 blocks"),
-            (dict(norm="film"), "none of 'rms'"), (dict(mlp="film"), "none of 'swiglu'")],
+REFUSED = {     # family: arguments that do not fit; the message names the last one of each, and its value
+    "uvit": [dict(image_size=9), dict(width=33), dict(depth=3), dict(skip="film"), dict(time="film"),
+             dict(num_classes=2, text_dim=2)],
+    "dit": [dict(image_size=9), dict(heads=5), dict(width=66, heads=3), dict(block="zero")],
+    "udit": [dict(image_size=20), dict(heads=3), dict(width=36, heads=6), dict(depths=(1, 1, 1)),
+             dict(downsample="half"), dict(downsampler="pool")],
+    "unet": [dict(image_size=9), dict(channels=48), dict(multipliers=()), dict(multipliers=(1, 0)), dict(blocks=0),
+             dict(attention=(4,)), dict(head_channels=48), dict(resample="pool"), dict(num_classes=2, text_dim=2)],
+    "jit": [dict(image_size=9), dict(heads=5), dict(width=66, heads=3), dict(width=36, heads=6),
+            dict(context_start=4), dict(norm="film"), dict(mlp="film")],
 }
 
 
-@pytest.mark.parametrize("family, arguments, words", [(family, *row) for family in REFUSED for row in REFUSED[family]])
-def test_network_refuses_arguments_that_do_not_fit(family, arguments, words):
+@pytest.mark.parametrize("family, arguments", [(family, wrong) for family in REFUSED for wrong in REFUSED[family]])
+def test_network_refuses_arguments_that_do_not_fit(family, arguments):
     """A wrong argument is named in one line of a ValueError."""
-    with pytest.raises(ValueError, match=rf"^{NETWORKS[family][0].__name__}: .*{words}.*\Z"):
-        tiny(family, **arguments)
+    name, value = list(arguments.items())[-1]
+    refuses(rf"^{NETWORKS[family][0].__name__}: .*\b{name}\b.*{str(value).strip('()')}", tiny, family, **arguments)
 
 
 @every_network
@@ -400,8 +378,7 @@ def test_network_refuses_inputs_that_do_not_fit(family, variant):
     if model.label_rows:
         wrong += [((x, t, y.float()), "of torch.float32")]
     for batch, words in wrong:
-        with pytest.raises(ValueError, match=rf"^{type(model).__name__}: .*{words}.*\Z"):
-            model(*batch)
+        refuses(f"^{type(model).__name__}: .*{words}", model, *batch)
 
 
 INITIAL = [     # family, arguments, {pattern: (distribution, value or deviation)}; the first that a name matches counts
@@ -449,9 +426,8 @@ def test_uvit_skips_are_cast_before_they_are_concatenated():
     assert seen == [torch.bfloat16]
 
 
-@pytest.mark.parametrize("family", ["dit", "jit"])
-@pytest.mark.parametrize("size", [16, (4, 32)], ids=["more tokens", "as many tokens"])
-def test_network_loads_weights_of_another_image_size(size, family):
+@pytest.mark.parametrize("family, size", [*itertools.product(["dit", "jit"], [16, (4, 32)])])   # more, or as many
+def test_network_loads_weights_of_another_image_size(family, size):
     """A model takes the weights but keeps its own positions. The caller's dict is left alone. A lack is an error."""
     weights, model = tiny(family)[0].state_dict(), tiny(family, image_size=size)[0]
     given, own = dict(weights), dict(weights, pos_embed=model.pos_embed.clone())
@@ -461,17 +437,6 @@ def test_network_loads_weights_of_another_image_size(size, family):
     del weights["pos_embed"]
     with pytest.raises(RuntimeError, match="pos_embed"):
         model.load_state_dict(weights)
-
-
-def test_udit_cosines_are_scaled_by_at_most_100():
-    """A learned scale above 100 acts like 100."""
-    (model, batch), outputs = tiny("udit"), []
-    for scale in (math.log(100), 9.0):
-        for module in model.modules():
-            if isinstance(module, udit.Attention):
-                module.logit_scale.data.fill_(scale)
-        outputs.append(model(*batch))
-    assert relative(*outputs) < 1e-6
 
 
 @pytest.mark.parametrize("variant", ["full", "kv", "shuffle", "no-ffn-conv"])
@@ -488,44 +453,6 @@ def test_udit_folds_without_a_change(variant):
     assert same(folded.fold().state_dict(), folded.state_dict())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# JiT: what no other network has
-
-
-@pytest.mark.parametrize("compiling", [False, True])
-def test_jit_attention_is_the_formula(compiling, monkeypatch):
-    """q and k are normed, then turned: their first half by the row, the second by the column, class tokens not."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    attention, x = jit.Attention(32, 2, qk_norm=True, dropout=0.0), inputs((2, 8, 32))[0]
-    for name, p in fill(attention.state_dict()).items():        # q and k are about 1e-3, so that the norm's 1e-6 counts
-        attention.get_parameter(name).data = p * {"qkv.weight": 1e-3, "qkv.bias": 1e-3, "proj.bias": 0}.get(name, 1)
-    f = [10000 ** (-4 * j / 16) for j in range(4)]
-    angles = [[row * w for w in f] + [column * w for w in f] for row in range(2) for column in range(3)]
-    turns = torch.exp(1j * torch.tensor([[0.0] * 8] * 2 + angles))
-
-    def turned(z, norm):
-        z = z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
-        return torch.view_as_real(torch.view_as_complex(z.unflatten(-1, (-1, 2))) * turns[-z.shape[2]:]).flatten(-2)
-
-    for tokens in (x, x[:, 2:]):        # with two class tokens, and without them
-        q, k, v = attention.qkv(tokens).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
-        out = (turned(q, attention.q_norm) @ turned(k, attention.k_norm).mT / 4).softmax(-1) @ v
-        out = attention.proj(out.transpose(1, 2).flatten(2))
-        assert relative(attention(tokens, jit.rotary_table((2, 3), 16, 2)), out) < 1e-5
-
-
-@torch.no_grad()
-def test_jit_class_tokens_join_before_their_block():
-    """They are table[y] + positions without the time, are in blocks 2 and 3 alone, and are no part of the output."""
-    (model, (x, t, y)), seen = tiny("jit"), []
-    for layer in (*model.blocks, model.final_layer):
-        layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    model(x, t, y)
-    assert [given.shape[1] for given in seen] == [32, 32, 35, 35, 32]
-    assert torch.equal(seen[2][:, :3], model.y_embedder.embedding_table(y)[:, None] + model.in_context_posemb)
-    assert [size["context_start"] for size in jit.SIZES.values()] == [4, 8, 10, 10]                 # as released
-
-
 def test_jit_without_its_parts_is_dit():
     """DiT's seed gives its weights, and its weights give its output, to the last bit."""
     ours, batch = tiny("jit", "as-dit", filled=False)
@@ -538,15 +465,10 @@ def test_jit_without_its_parts_is_dit():
 
 
 def test_jit_dropout_acts_in_the_middle_half_of_the_blocks():
-    """After attention's last Linear, before the MLP's; in training alone; recomputed blocks draw the same numbers."""
-    x, mlp, grads = torch.randn(2, 5, 8), jit.SwiGLU(8, dropout=1.0), []
+    """It comes after attention's last Linear and before the MLP's, in training alone."""
+    x, mlp, (model, batch) = torch.randn(2, 5, 8), jit.SwiGLU(8, dropout=1.0), tiny("jit", dropout=0.3)
     assert not jit.Attention(8, 2, qk_norm=True, dropout=1.0)(x, None).any()
     assert torch.equal(mlp(x), mlp.w3.bias.expand_as(x))
-    for checkpoint in (False, True):
-        model, batch = tiny("jit", dropout=0.3, checkpoint=checkpoint)          # and the seed
-        model(*batch).square().mean().backward()
-        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert same(*grads)
     assert [block.mlp.dropout.p for block in model.blocks] == [0, 0.3, 0.3, 0]
     assert torch.equal(model.eval()(*batch), tiny("jit")[0](*batch))
 
@@ -577,8 +499,7 @@ def test_convnext_and_fcmae_compute_what_the_released_networks_do():
     net.load_state_dict({name: state[name] for name in net.state_dict()})
     mask = torch.ones(2, 16).scatter(1, torch.tensor([[5, 6, 10, 11, 13, 15], [1, 2, 5, 7, 8, 11]]), 0)
     loss, prediction = net(x, mask)
-    expected = [-0.474664, -0.766078, -0.715557, 1.972667]
-    assert relative(prediction[:, :, ::8].mT.flatten()[::3400], expected) < 1e-5
+    assert relative(prediction[:, :, ::8].mT.flatten()[::6800], [-0.474664, -0.715557]) < 1e-5
     assert loss.tolist() == pytest.approx([1.4741547, 1.4617668], rel=1e-6)
     loss.mean().backward()
     assert sum(p.grad.double().square().sum() for p in net.parameters()).item() == pytest.approx(2.7413826, rel=1e-4)
@@ -677,8 +598,7 @@ def test_convnext_stochastic_depth_drops_whole_branches():
         (torch.ones(2, 16), "not all"), (torch.ones(2, 16).tril(3), "as many of every image")]]])
 def test_convnext_says_what_does_not_fit(name, arguments, given, words):
     """Images that are no whole patches, missing labels, masks of all or nothing, other shapes: one line each."""
-    with pytest.raises(ValueError, match=rf"^(ConvNeXt|FCMAE): .*{re.escape(words)}.*\Z"):
-        convnext.MODELS[name](**arguments)(*given)
+    refuses(f"^(ConvNeXt|FCMAE): .*{re.escape(words)}", lambda: convnext.MODELS[name](**arguments)(*given))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -723,10 +643,9 @@ def ideal(schedule, std=0.25):
 
 
 @pytest.mark.parametrize("schedule, times, alpha_bar", [
-    (VP, [0.001, 0.125875, 0.5005, 1.0], [0.99989005604428, 0.843461998251893, 0.0786673176458316, 4.318574906034e-05]),
-    (SD, [0.001, 0.002, 0.5, 1.0], [0.99915, 0.998296027838451, 0.277669650456468, 0.00466009851307724]),
-    (DDPM, [0.001, 0.011, 0.501, 1.0], [0.9999, 0.997806572507846, 0.077796658365024, 4.03582976537568e-05]),
-    (FLOW, [0.25], [0.5625]), (GVP, [0.05, 0.35, 0.8], [0.993844170297569, 0.72699524986977, 0.0954915028125263])])
+    (VP, [0.5005, 1.0], [0.0786673176458, 4.3185749e-05]), (SD, [0.002, 0.5], [0.998296027838, 0.277669650456]),
+    (DDPM, [0.011, 0.501, 1.0], [0.997806572507, 0.077796658365, 4.0358298e-05]), (FLOW, [0.25], [0.5625]),
+    (GVP, [0.05, 0.8], [0.9938441702976, 0.0954915028125])])
 def test_schedule_is_the_released_one(schedule, times, alpha_bar):
     """alpha^2 is as released, the log-SNR falls strictly, time() undoes it, slopes are derivatives, all in float64."""
     assert relative(schedule.alpha_sigma(float64(times))[0] ** 2, alpha_bar) < 1e-7
@@ -754,38 +673,31 @@ def test_schedule_feeds_networks_what_they_were_trained_on():
     assert relative(1 - t, [0.364423766, 0.213055558, 0.0389311298, 0.438864296]) < 1e-8
 
 
-@pytest.mark.parametrize("sampler, schedule, steps, tolerance, values", [
-    ("dpm_solver", VP, 50, 1e-5, [0.497618173, -0.439106046, 1.14189805, -0.389368601]),
-    ("dpm_solver++", SD, 10, 1e-5, [0.491688448, -0.420155348, 0.971051863, -0.351521266]),
-    ("dpm_solver++2m", SD, 9, 1e-5, [0.471251363, -0.395551851, 0.956083893, -0.325391523]),
-    ("dpm_solver++2m", SD, 37, 1e-5, [0.502000597, -0.448950408, 1.20485615, -0.410899541]),
-    ("euler_ode", VP, 50, 1e-6, [0.498988537, -0.439292594, 1.12390209, -0.387864416]),
-    ("euler_maruyama", VP, 50, 1e-6, [1.13443762, -0.365370538, -0.0793459773, -0.869772839]),
-    ("ddpm", DDPM, 50, 1e-5, [1.06810793, -0.396737045, -0.255463054, -0.859402948]),
-    ("ddpm", SD, 50, 1e-5, [0.896977345, -0.560207049, -0.271174842, -0.915620397]),       # its variance is beta~
-    ("ddim", DDPM, 50, 1e-5, [0.489710077, -0.431921972, 1.08464842, -0.38194059]),
-    ("ddim", FLOW, 10, 1e-6, [0.684357508, -0.103801979, 0.560720073, -0.0429696783]),     # Euler's method, on flow
-    ("heun", FLOW, 5, 1e-6, [0.75318113, -0.103767133, 0.609886278, -0.0420743982]),
-    ("euler_maruyama", FLOW, 50, 1e-6, [0.930484527, -0.52727547, -0.837208842, -0.517225565]),
-    ("euler_maruyama", GVP, 20, 1e-6, [0.687611795, -1.04610812, -0.429689416, 0.946467252]),
-    ("heun", diffusion.Flow("noise"), 10, 1e-6, [0.744554411, -0.143029299, 0.603898868, -0.0645122558])])
-def test_sampler_walks_as_the_released_one(sampler, schedule, steps, tolerance, values):
+@pytest.mark.parametrize("sampler, schedule, steps, values", [
+    ("dpm_solver", VP, 50, [0.497618173, -0.439106046]), ("dpm_solver++", SD, 10, [0.491688448, -0.420155348]),
+    ("dpm_solver++2m", SD, 9, [0.471251363, -0.395551851]), ("dpm_solver++2m", SD, 37, [0.502000597, -0.448950408]),
+    ("euler_ode", VP, 50, [0.498988537, -0.439292594]), ("euler_maruyama", VP, 50, [1.13443762, -0.365370538]),
+    ("ddpm", DDPM, 50, [1.06810793, -0.396737045]), ("ddim", DDPM, 50, [0.489710077, -0.431921972]),
+    ("ddpm", SD, 50, [0.896977345, -0.560207049]),          # without a learned variance: beta~
+    ("ddim", FLOW, 10, [0.684357508, -0.103801979]),        # Euler's method, on flow
+    ("heun", FLOW, 5, [0.75318113, -0.103767133]), ("heun", diffusion.Flow("noise"), 10, [0.744554411, -0.143029299]),
+    ("euler_maruyama", FLOW, 50, [0.930484527, -0.52727547]), ("euler_maruyama", GVP, 20, [0.687611795, -1.04610812])])
+def test_sampler_walks_as_the_released_one(sampler, schedule, steps, values):
     """From the same noise, with a network without error, it ends where the released code or (2M) diffusers does."""
     denoise = mock.Mock(side_effect=diffusion.guide(ideal(schedule), schedule))
     torch.manual_seed(0)
     x = diffusion.SAMPLERS[sampler](denoise, schedule, SIT_X_T if isinstance(schedule, diffusion.Flow) else X_T, steps)
-    assert relative(x[0, 0, 0, :4], values) < tolerance
+    assert relative(x[0, 0, 0, :2], values) < 1e-5
     assert denoise.call_count == steps * (1 + (sampler == "heun"))
 
 
 @pytest.mark.parametrize("schedule, interval, values", [
-    (JIT, (0.23, 0.87), [0.877001119, -0.998323383, -0.460857441, 0.771469207]),
-    (JIT_2, (0, 0.9), [0.899773188, -1.02458489, -0.458819797, 0.790354385])])
+    (JIT, (0.23, 0.87), [0.877001119, -0.460857441]), (JIT_2, (0, 0.9), [0.899773188, -0.458819797])])
 def test_jit_samples_as_released(schedule, interval, values):
     """Data predicted, guided in an interval, 1 / t held at 1 / 0.05, the noise scaled: as released, within 1e-6."""
     x = diffusion.generate(ideal(schedule), schedule, (3, 8, 8), range(4), JIT_BATCH[1][:4], 0, w=3.0,
                            sampler="heun", steps=50, interval=interval, noise=lambda x: JIT_X_T)
-    assert relative(x[:, 0, 0, 0], values) < 1e-6
+    assert relative(x[::2, 0, 0, 0], values) < 1e-6        # with a label, and without one
 
 
 @pytest.mark.parametrize("schedule, given, released", [
@@ -799,8 +711,7 @@ def test_loss_is_the_released_one(schedule, given, released):
     assert relative(schedule.loss(ideal(schedule), *given) / float64(released), torch.ones(len(released))) < 1e-6
 
 
-@pytest.mark.parametrize("predict", ["noise", "data", "velocity"])
-@pytest.mark.parametrize("name", ["vp", "flow", "gvp"])
+@pytest.mark.parametrize("name, predict", [*itertools.product(["vp", "flow", "gvp"], ["noise", "data", "velocity"])])
 def test_three_predictions_say_the_same(name, predict):
     """Networks that know the same, and answer eps, x_0 or u, give the same Denoised and the same loss in velocity."""
     schedule, other = (diffusion.SCHEDULES[name](kind, "velocity") for kind in (predict, "velocity"))
@@ -822,8 +733,7 @@ def test_denoised_is_finite_and_can_be_clamped(schedule):
         assert denoise is free or torch.equal(x0, free(X_T, t).x0.clamp(-1, 1))
 
 
-@pytest.mark.parametrize("predict", ["noise", "data", "velocity"])
-@pytest.mark.parametrize("name", diffusion.SCHEDULES)
+@pytest.mark.parametrize("name, predict", [*itertools.product(diffusion.SCHEDULES, ["noise", "data", "velocity"])])
 def test_sampler_returns_the_data_on_every_schedule(name, predict):
     """If the data is 0.6 or -0.6, every sampler on every schedule, whatever is predicted, comes back to it."""
     schedule, y = diffusion.SCHEDULES[name](predict, noise_scale=2.0 if name == "flow" else 1.0), torch.tensor([1, -1])
@@ -832,41 +742,27 @@ def test_sampler_returns_the_data_on_every_schedule(name, predict):
         assert (x - 0.6 * y.view(2, 1, 1, 1)).abs().mean() < 0.08           # the solvers leave the noise of t_min
 
 
-def test_loss_is_the_mean_squared_error_of_the_noise():
-    """To the last bit it is the mean of (answer - eps)^2; the network sees x_t, 999 t and y, in x_0's type."""
-    x0, y, t, noise = torch.randn(3, 3, 8, 8), torch.arange(3), float64([0.1, 0.5, 0.9]), torch.randn(3, 3, 8, 8)
-    alpha, sigma = (a.float().view(-1, 1, 1, 1) for a in VP.alpha_sigma(t))
-    model = mock.Mock(side_effect=lambda x, time, y: x.sin())
-    wanted = ((alpha * x0 + sigma * noise).sin() - noise).square().flatten(1).mean(1)
-    assert torch.equal(VP.loss(model, x0, y, t, noise), wanted)
-    assert torch.equal(model.call_args.args[1], (999 * t).float())
-    assert model.call_args.args[2] is y
-
-
 def test_variational_bound_trains_the_variance_alone():
     """It gives the predicted noise no gradient, and the variance one at every time."""
-    change = torch.zeros(6, 6, 8, 8, requires_grad=True)
-
-    def gradient(channels):
+    change, gradients = torch.zeros(6, 6, 8, 8, requires_grad=True), {}
+    for channels in (3, 6):
         loss = DDPM.loss(lambda x, time, y: (ideal(DDPM)(x, time, y) + change)[:, :channels], *DIT_BATCH)
-        return torch.autograd.grad(loss.sum(), change)[0]
-    assert torch.equal(gradient(6)[:, :3], gradient(3)[:, :3])
-    assert gradient(6)[:, 3:].flatten(1).norm(dim=1).min() > 0
+        gradients[channels], = torch.autograd.grad(loss.sum(), change)
+    assert torch.equal(gradients[6][:, :3], gradients[3][:, :3])
+    assert gradients[6][:, 3:].flatten(1).norm(dim=1).min() > 0
 
 
 @pytest.mark.parametrize("words, call", [
     ("learn_sigma=False", lambda: VP.loss(lambda x, t, y: torch.cat([x, x], 1), X_T)),
     ("expected 3 or 6 channels", lambda: VP.loss(lambda x, t, y: x[:, :1], X_T)),
-    ("choose from noise, data, velocity", lambda: diffusion.VP("x0")),
-    ("needs schedule \"flow\"", lambda: diffusion.GVP(noise_scale=2.0)),
-    ("has 1 to 1000", lambda: DDPM.times(1001, "chain")),
+    ("choose from noise, data, velocity", lambda: diffusion.VP("x0")), ("has 1 to", lambda: DDPM.times(1001, "chain")),
+    ("schedule \"flow\"", lambda: diffusion.GVP(noise_scale=2.0)),
     ("needs at least 1", lambda: diffusion.dpm_solver(None, VP, None, 0)),
     ("unknown sampler", lambda: diffusion.generate(None, VP, (3, 8, 8), [0], sampler="euler")),
     ("guidance w = 2", lambda: diffusion.guide(None, VP, torch.tensor([1]), w=2.0))])
 def test_diffusion_refuses_in_one_line(words, call):
     """What can not be computed raises ValueError, which names the reason."""
-    with pytest.raises(ValueError, match=words):
-        call()
+    refuses(words, call)
 
 
 @pytest.mark.parametrize("t, options, first, last, asked", [
@@ -874,10 +770,8 @@ def test_diffusion_refuses_in_one_line(words, call):
     (0.5, dict(channels=3), [-17, -14], [1, 2], [1, 2, 10, 10]),
     (0.5, dict(weak=lambda x, t, y: torch.zeros(len(x), 8, 2, 2)), [3, 6], [3, 6], [1, 2]),
     (0.5, dict(y=float64([[[1]], [[2]]]), null=float64([[10]])), [-17, -14], [-17, -14], [1, 2, 10, 10]),     # text
-    (0.0, {}, [-17, -14], [-17, -14], [1, 2, 10, 10]),                      # low = 0 lets t = 0 in, high = 1 lets t = 1
-    (1.0, {}, [-17, -14], [-17, -14], [1, 2, 10, 10]),
-    (0.2, dict(interval=(0.2, 0.8)), [1, 2], [1, 2], [1, 2]),
-    (0.8, dict(interval=(0.2, 0.8)), [1, 2], [1, 2], [1, 2])])
+    (0.0, {}, [-17, -14], [-17, -14], [1, 2, 10, 10]), (1.0, {}, [-17, -14], [-17, -14], [1, 2, 10, 10]),   # all times
+    (0.2, dict(interval=(0.2, 0.8)), [1, 2], [1, 2], [1, 2]), (0.8, dict(interval=(0.2, 0.8)), [1, 2], [1, 2], [1, 2])])
 def test_guidance_mixes_both_halves_in_one_call(t, options, first, last, asked):
     """eps = eps_u + w (eps_c - eps_u) on the chosen channels where low < t < high; variance from the condition."""
     def model(x, time, y):
@@ -917,9 +811,6 @@ def test_shapes_and_their_order_are_those_of_every_run():
     assert hashlib.sha256(whole.images.numpy().tobytes()).hexdigest().startswith("b2c75930cf4c3a75")
     assert torch.equal(few.images, whole.images[:30])
     assert (few.labels.tolist(), few.shape, few.class_names[3]) == ([*range(10)] * 3, (3, 16, 16), "green plus")
-    labels, distance = nearest_shape(torch.cat([whole.images[1000:1500], whole.images[:1, [2, 1, 0]]]))
-    assert torch.equal(labels[:500], whole.labels[1000:1500])
-    assert distance[:500].max() < 20 < distance[500]        # the last one is a disc in blue
     stream = data.shuffled(5, seed=3, start=0, count=10)
     assert stream[:, 0].tolist() == [4, 2, 1, 3, 0, 1, 4, 0, 2, 3]
     assert stream[3:6, 1].tolist() == [1250183452, 84608903, 323855431]
@@ -935,31 +826,9 @@ def test_folders_are_flat_or_hold_classes(tmp_path, capsys):
     assert dataset.identity() == {"count": 2, "class_names": [], "files": checksum}
     write_images(root, "2/0.JPEG", "10/deeper/0.Png", "10/.hidden/0.png", "10/.0.png", "10/0.mpg", "../val/2/0.png")
     (root / "2" / "link").symlink_to(flat)
-    (root / "2" / "circle").symlink_to(root / "2")
     classes = data.load(root.parent, image_size=8)
     assert (classes.class_names, classes.labels.tolist()) == (("10", "2"), [0, 1, 1, 1])
     assert f"{root}: 4 images, 2 classes" in capsys.readouterr().err
-
-
-def test_large_folders_are_read_by_workers_to_the_same_batches(tmp_path, monkeypatch):
-    """A set too large for memory gives the same batches, by workers that ignore signals and name a bad file."""
-    write_images(tmp_path, *(f"{name}/{i}.png" for name in "ab" for i in range(3)))
-    order = [np.array([[5, 0], [i % 5, 0], [3, 0]]) for i in range(20)]
-    small = list(data.load(tmp_path, image_size=8).batches(order, "cpu"))
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
-    large = data.load(tmp_path, image_size=8)
-    for batch, expected in zip(large.batches(order, "cpu", workers=2), small, strict=True):
-        assert all(map(torch.equal, batch, expected))
-    os.truncate(tmp_path / "a" / "1.png", 300)
-    with pytest.raises(ValueError, match=r"a/1.png: not a readable image.*repair or remove it$"):
-        list(large.batches(order, "cpu", workers=1))
-    large.read_file = lambda *_: torch.tensor([signal.getsignal(number) == signal.SIG_IGN for number in (1, 2, 15)])
-    assert all(ignored.all() for ignored, _ in large.batches(order, "cpu", workers=2))     # SIGHUP, SIGINT, SIGTERM
-    bomb, full = Image.DecompressionBombError(), OSError(24, "Too many open files")
-    for error, expected in (bomb, ValueError), (full, OSError), (MemoryError(), MemoryError):
-        monkeypatch.setattr(data.Image, "open", mock.Mock(side_effect=error))
-        with pytest.raises(expected):       # only the first is the image's fault
-            data.open_image("x.png")
 
 
 def test_pixels_become_x0_and_pictures(tmp_path):
@@ -1006,11 +875,11 @@ def test_images_are_scaled_as_in_the_papers(tmp_path):
     """read_image is ADM's crop, read_square cuts first and scales once (Lanczos), read_face is U-ViT's for CelebA."""
     for width, height, size in [(6, 4, 3), *np.random.default_rng(0).integers(1, (120, 120, 40), (60, 3)).tolist()]:
         image = Image.open(path := write_images(tmp_path, "x.png", size=(width, height)) / "x.png")
-        assert torch.equal(data.read_image(path, size), data.to_tensor(adm_crop(image, size)))
+        assert torch.equal(data.read_image(path, size), data.pil_to_tensor(adm_crop(image, size)))
         square = adm_crop(image, min(width, height)).resize((size, size), Image.Resampling.LANCZOS)
-        assert torch.equal(data.read_square(path, size), data.to_tensor(square))
+        assert torch.equal(data.read_square(path, size), data.pil_to_tensor(square))
     face = Image.open(write_images(tmp_path, "x.png", size=(178, 218)) / "x.png").crop((25, 57, 153, 185))
-    assert torch.equal(data.read_face(path, 64), data.to_tensor(face.resize((64, 64), Image.Resampling.BILINEAR)))
+    assert torch.equal(data.read_face(path, 64), data.pil_to_tensor(face.resize((64, 64), Image.Resampling.BILINEAR)))
 
 
 def test_named_sets_are_those_of_the_papers(tmp_path, monkeypatch):
@@ -1021,15 +890,34 @@ def test_named_sets_are_those_of_the_papers(tmp_path, monkeypatch):
     dataset, small = data.load("cifar10", tmp_path), data.load("cifar10", tmp_path, 16)
     assert (dataset.labels.tolist(), dataset.class_names[3]) == ([3, 7], "cat")
     assert (dataset.images.permute(0, 2, 3, 1).numpy() == pixels).all()
+    data.load("cifar10", tmp_path, split="test")
+    assert [call.kwargs["train"] for call in cifar10.call_args_list] == [True, True, False]
     assert (small.shape, small.images[0, 1, 0, 2]) == ((3, 16, 16), pixels[0, :2, 4:6, 1].mean().round())
     write_images(tmp_path / "train", *(f"{name}/0.png" for name in data.CIFAR10_CLASSES))
     for name, size in ("cifar10", 32), ("imagenet64", 64):
         found = data.load(name, tmp_path)
         assert (found.shape, found.class_names, *found.labels) == ((3, size, size), data.CIFAR10_CLASSES, *range(10))
-    monkeypatch.setattr(data, "list_images", lambda root: (["x"] * 202_599, None, ()))
+    write_images(tmp_path / "test", *(f"{name}/1.png" for name in data.CIFAR10_CLASSES))
+    assert data.load("cifar10", tmp_path, split="test").files[9] == str(tmp_path / "test" / "truck" / "1.png")
+    monkeypatch.setattr(data, "list_images", lambda *_, **__: (["x"] * 202_599, None, ()))
     monkeypatch.setattr(data, "IN_MEMORY", 0)
     faces = data.load("celeba64", tmp_path)
     assert (len(faces), faces.shape, faces.read_file) == (162_770, (3, 64, 64), data.read_face)
+
+
+def test_split_test_holds_other_images_of_the_same_classes(tmp_path):
+    """It is a folder beside train/ (val/ before test/), or shapes' further images; one line says if there is none."""
+    assert torch.equal(data.load("shapes", split="test").images[:9], data.shapes(length=10_009).images[10_000:])
+    write_images(tmp_path, "train/a/0.png", "train/b/0.png", "val/a/1.png", "val/b/2.png", "test/a/3.png")
+    test = data.load(tmp_path, split="test")
+    assert ([file[-11:] for file in test.files], test.labels.tolist()) == (["val/a/1.png", "val/b/2.png"], [0, 1])
+    shutil.rmtree(tmp_path / "val")
+    for name, split, words in [
+            (tmp_path, "test", "test: its class folders are not those of "), ("celeba64", "test", "has no test split"),
+            (tmp_path / "train", "test", "has no test split"), ("shapes", "val", "must be train or test"),
+            (write_latents(tmp_path / "latents"), "test", "latents have no test split")]:
+        with pytest.raises(ValueError, match=words):
+            data.load(name, split=split)
 
 
 @pytest.mark.parametrize("flags, good, bad", [
@@ -1042,8 +930,7 @@ def test_numbers_are_checked_by_one_table(flags, good, bad):
     """check passes the numbers that make sense, text and None, and names flag and number of the others."""
     for flag in flags.split():
         data.check({flag: good})
-        with pytest.raises(ValueError, match=f"^--{flag.replace('_', '-')} .*: must be "):
-            data.check({flag: bad})
+        refuses(f"^--{flag.replace('_', '-')} .*: must be ", data.check, {flag: bad})
 
 
 def test_commands_end_with_one_line(monkeypatch):
@@ -1055,8 +942,20 @@ def test_commands_end_with_one_line(monkeypatch):
             (MemoryError(), "x.py: out of memory", sys.stdout), (None, "1", open(writer, "w"))]:
         monkeypatch.setattr(sys, "stdout", stdout)
         print("read by nobody")
-        with pytest.raises(SystemExit, match=f"^{message}$"):
-            data.command("x.py", mock.Mock(side_effect=error), "stopped")
+        refuses(f"^{message}$", data.command, "x.py", mock.Mock(side_effect=error), "stopped", error=SystemExit)
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch, renewed):
+    """Where the holder removes the hidden file just before it is locked, the folder is refused, not held twice."""
+    def flock(*_):
+        (tmp_path / ".lock").rename(tmp_path / ".old")
+        (tmp_path / (".lock" if renewed else "x")).touch()
+
+    monkeypatch.setattr(data.fcntl, "flock", flock)
+    with pytest.raises(ValueError, match="another process writes there"):
+        data.lock(tmp_path).__enter__()
+    assert (tmp_path / ".lock").exists() == renewed
 
 
 DATA = " ".join(SMALL) + " --out run --data "
@@ -1069,9 +968,10 @@ REFUSALS["train.py"] += [
     (DATA + "cifar10 --data-dir .", "not CIFAR10's classes", lambda here: write_images(here, "airplane/0.png")),
     (DATA + "celeba64 --data-dir .", "x.png: 20x12, not an aligned", lambda here: write_images(here, "x.png")),
     (" ".join(SMALL) + " --out /sys/x", "/sys/x'); give another --out"),        # and not: make room
-    (DATA + "celeba64", "the download failed (", lambda here: (here / "data").write_text("not a folder")),
+    (DATA + "celeba64", "data/celeba: no such folder; unpack img_align_celeba.zip there (https"),
+    (DATA + "cifar10", "not in data, and the download failed (", lambda here: (here / "data").write_text("no folder")),
     (DATA + "imagenet64 --data-dir .", "not a folder for each class", lambda here: write_images(here, "x.png")),
-    (DATA + "imagenet64", "no folder data/imagenet; put ImageNet's class folders"),
+    (DATA + "imagenet64", "data/imagenet: no such folder; put ImageNet's class folders there"),
     (DATA + "imagenet256", "no latents in data/imagenet256; this makes them: python encode.py --images imagenet/train")]
 
 
@@ -1163,8 +1063,8 @@ def test_encoded_captions_are_clips_last_hidden_states(tmp_path, pretrained):
     flags, captions = write_coco(tmp_path, 6)
     encode.main([*flags, *captions, *pretrained])
     dataset, texts = data.load(tmp_path / "out"), ["0 2", "1 2", "2 5", "0 0", "0 0", "0 3", ""]
-    assert (dataset.text, dataset.flip, dataset.encoding["scale"]) == ((77, 16), False, 0.2301)
-    assert data.kind(tmp_path / "out") == "mscoco256"
+    assert (data.kind(tmp_path / "out"), dataset.text, dataset.flip) == ("mscoco256", (77, 16), False)
+    assert dataset.encoding["scale"] == 0.2301
     (moments, y), = dataset.batches([np.array([[2, 0], [2, 1], [5, 5], [0, 9]])], "cpu")
     tokens = transformers.CLIPTokenizer.from_pretrained(pretrained[3])(texts, padding="max_length", max_length=77)
     features = transformers.CLIPTextModel.from_pretrained(pretrained[3])(torch.tensor(tokens.input_ids))[0]
@@ -1173,8 +1073,7 @@ def test_encoded_captions_are_clips_last_hidden_states(tmp_path, pretrained):
     assert torch.allclose(moments[0, 0].float(), encode.Autoencoder(pretrained[1]).moments(square[None]), atol=2e-3)
     assert encode.TextEncoder(pretrained[3])(["7 " * 90]).shape == (1, 77, 16)
     shutil.copytree(pretrained[3], tmp_path / "clip", ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
-    with pytest.raises(ValueError, match="clip: lacks the tokenizer of its text model"):
-        encode.TextEncoder(tmp_path / "clip")
+    refuses("clip: lacks the tokenizer of its text model", encode.TextEncoder, tmp_path / "clip")
 
 
 def test_encode_refuses_what_does_not_fit(tmp_path, pretrained, monkeypatch):
@@ -1188,15 +1087,13 @@ def test_encode_refuses_what_does_not_fit(tmp_path, pretrained, monkeypatch):
             (["--image-size", "17"], "would decode to another size"),
             (["--autoencoder", HERE], "no AutoencoderKL could be read from a folder")]:
         assert re.fullmatch(f"encode.py: .*{words}.*", command("encode.py", *flags, *change))
-    with data.lock(tmp_path / "out"), data.lock(tmp_path / "x.npz"):
+    with data.lock(tmp_path / "out"):
         assert re.search(f"out: process {os.getpid()} on .*, since .* writes there; wait", command("encode.py", *flags))
-        assert {path.name for path in tmp_path.rglob(".*")} == {".lock", ".x.npz.lock"}
-    assert list(tmp_path.rglob(".*")) == []
     write_images(tmp_path / "images", "b/0.png", size=(20, 13))
     assert "begun with other files;" in command("encode.py", *flags)
     monkeypatch.setattr(encode.Autoencoder, "moments", lambda self, x: torch.full((len(x), 8, 8, 8), 1e6))
-    with pytest.raises(ValueError, match="numbers of images or captions 0 to 3 are not finite .* --type float32"):
-        encode.main([*flags, "--out", str(tmp_path / "other")])
+    refuses("numbers of images or captions 0 to 3 are not finite .* --type float32",
+            encode.main, [*flags, "--out", str(tmp_path / "other")])
     monkeypatch.setenv("RANK", "1")
     assert "RANK is set, but WORLD_SIZE is not" in command("encode.py", *flags)
     assert contents(tmp_path / "out") == before
@@ -1211,8 +1108,7 @@ def test_models_come_from_a_repository_or_a_folder_in_it(monkeypatch):
     encode.Autoencoder(encode.FIRST)
     asked.assert_called_with("CompVis/stable-diffusion-v1-4", subfolder="vae", low_cpu_mem_usage=False)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ValueError, match="needs the package diffusers: pip install diffusers"):
-        encode.Autoencoder()
+    refuses("needs the package diffusers: pip install diffusers", encode.Autoencoder)
 
 
 def damage(name, change, here):
@@ -1221,7 +1117,7 @@ def damage(name, change, here):
     path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
 
 
-SENSELESS = "latents: its encoding.json has a count, shape, scale or other value that makes no sense"
+SENSELESS = "a count, shape, scale or other value makes no sense"
 REFUSALS["train.py"] += [
     (DATA + "latents", "not all is encoded (text/000000000.bin is missing", partial(damage, "text/000000000.bin", "x")),
     (DATA + "latents", "captions.npy is missing, damaged or not of length 7; ", partial(damage, "captions.npy", "")),
@@ -1232,8 +1128,7 @@ REFUSALS["train.py"] += [
         dict(count=7), dict(scale=math.nan), dict(batch_size=0), dict(type="int8"), dict(image_size=63))]]
 CAPTIONS = "--images . --captions x.json --out out --device cpu"
 REFUSALS["encode.py"] += [
-    ("--images nowhere --out out", "nowhere: no such folder"),
-    ("--images . --out out --scale nan", "--scale nan: must be finite"),
+    ("--images nowhere --out out", "nowhere: no such folder"), ("--images . --out out --scale nan", "nan: must be fin"),
     (CAPTIONS, "c.png: no such image, but x.json has", lambda here: (here / "x.json").write_text('{"c.png": ["x"]}')),
     *[(CAPTIONS, "x.json: not a file of captions, neither COCO's", lambda here, x=x: (here / "x.json").write_text(x))
       for x in ("{", "[]", "{}", '{"annotations": [{"id": 3}]}', '{"a/0.png": "not in a list"}')]]
@@ -1262,9 +1157,21 @@ REFUSALS["encode.py"] += [
      "cfg_interval=[0.0,0.9] noise_scale=2.0 sampler=heun sample_steps=50 clip_x0=False"),
     ("dit_s2 --data cifar10", "batch_size=256 warmup=0 class_cond=None label_dropout=0.1 clip_x0=True"),
     ("unet_adm --data imagenet512", "schedule=ddpm clip_x0=False"),
-    ("dit_tiny --data shapes --schedule gvp", "schedule=gvp sampler=heun sample_steps=25 clip_x0=True"),
+    ("dit_tiny --data shapes --schedule gvp", "schedule=gvp predict=None sampler=ddpm clip_x0=True"),
     ("uvit_s2 --data {folder}", "warmup=2500 label_dropout=0.1 sampler=ddpm sample_steps=100 clip_x0=True"),
     ("uvit_tiny --data {folder}", "steps=10000 warmup=100 lr=0.002 sampler=ddpm clip_x0=True schedule=vp"),
+    ("fcmae_base --data {folder}", "batch_size=4096 steps=499200 warmup=12480 lr=0.0024 lr_schedule=cosine "
+     "min_lr=0.0 weight_decay=0.05 betas=[0.9,0.95] crop=0.2 flip=True clip_grad=0.0"),
+    ("convnextv2_atto --data {folder}", "batch_size=1024 steps=750600 warmup=0 lr=0.0008 lr_schedule=cosine "
+     "min_lr=1e-06 weight_decay=0.3 betas=[0.9,0.999] layer_decay=0.9 layer_groups=False drop_path=0.1 crop=0.08 "
+     "rand_augment=9 erasing=0.25 mixup=0.0 cutmix=0.0 smoothing=0.2 model_args=['head_init_scale=0.001']"),
+    ("convnextv2_femto --data {folder}", "lr=0.0008 weight_decay=0.05 drop_path=0.0 smoothing=0.2 mixup=0.3"),
+    ("convnextv2_pico --data {folder}", "lr=0.0008 weight_decay=0.3 drop_path=0.0 smoothing=0.2 mixup=0.3 cutmix=0.3"),
+    ("convnextv2_nano --data {folder}", "lr=0.0008 weight_decay=0.3 drop_path=0.1 smoothing=0.2 mixup=0.5 cutmix=0.5"),
+    ("convnextv2_tiny --data {folder}", "steps=375300 warmup=50040 lr=0.0032 weight_decay=0.05 layer_decay=0.9 "
+     "layer_groups=False drop_path=0.2 smoothing=0.1 mixup=0.8 cutmix=1.0"),
+    ("convnextv2_large --data {folder}", "steps=125100 warmup=25020 lr=0.0025 layer_decay=0.6 layer_groups=True"),
+    ("convnextv2_huge --data {folder}", "steps=62550 warmup=12510 lr=0.005 layer_decay=0.75 drop_path=0.3"),
     # shorter than the recipe's: warm-up and intervals shrink, unless they are given
     ("uvit_s2 --data cifar10 --steps 40 --save-every 7", "warmup=4 save_every=7 sample_every=10 lr=0.0002"),
     ("uvit_s2 --data cifar10 --steps 400000 --model-args a=1 --model-args b=2", "warmup=2500 model_args=['a=1','b=2']"),
@@ -1281,9 +1188,9 @@ def test_text_becomes_values():
     """KEY=VALUE has the type of the constructor's default; a schedule is what its flags say, and old runs lack some."""
     known = inspect.signature(lambda conv=True, skip="cat", depth=12, mlp_ratio=4.0, mult=(1, 2): None).parameters
     items = ["conv=off", "conv=YES", "skip=no", "depth=2", "mlp_ratio=2", "mult=(1,2,3)"]
-    assert repr([train.parse_argument(item, known)[1] for item in items]) == "[False, True, 'no', 2, 2.0, (1, 2, 3)]"
-    assert train.schedule_of({"schedule": "vp"}).predict == "noise"
-    schedule = train.schedule_of(vars(train.parse(["--model", "jit_b32", "--data", "."])))
+    assert repr([recipes.parse_argument(item, known)[1] for item in items]) == "[False, True, 'no', 2, 2.0, (1, 2, 3)]"
+    assert recipes.schedule_of({"schedule": "vp"}).predict == "noise"
+    schedule = recipes.schedule_of(vars(train.parse(["--model", "jit_b32", "--data", "."])))
     assert (schedule.predict, schedule.compare, schedule.noise_scale) == ("data", "velocity", 2)
     assert schedule.training_time(torch.tensor(0.5)) == pytest.approx(1 / (1 + math.exp(-0.8)))
 
@@ -1344,15 +1251,13 @@ def test_only_precision_changes_the_numbers(run, tmp_path, monkeypatch, flags, p
     ("dit_xl2 --data imagenet256", False, ("dpm_solver", 50, False))])
 def test_grids_cost_seconds(flags, pixels, chosen):
     """A grid is drawn by the run's own sampler if that is short; else by one that shows an early network's colours."""
-    assert train.preview(train.parse(["--model", *flags.split()]), pixels) == chosen
+    assert objectives.preview(train.parse(["--model", *flags.split()]), pixels) == chosen
 
 
 def test_what_changed_is_named_and_used(tmp_path, monkeypatch, capsys):
     """A resumed run says which flags and how much data changed, and refuses other classes; moved data is the same."""
-    photos, out, flags = tmp_path / "photos", tmp_path / "out", ["--image-size", 16, "--data"]
-    for place in ("a/0.png", "a/1.png", "b/0.png"):
-        (photos / place).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16)).save(photos / place)
+    photos, out = write_images(tmp_path / "photos", "a/0.png", "a/1.png", "b/0.png"), tmp_path / "out"
+    flags = ["--image-size", 16, "--data"]
     trained(out, *flags, photos, "--steps", 1)
     photos.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
@@ -1360,45 +1265,15 @@ def test_what_changed_is_named_and_used(tmp_path, monkeypatch, capsys):
     assert same(state["averages"]["0.0"], state["model"])
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
     trained(out, *flags, "moved", "--steps", 2, "--lr", 1)
-    assert "the data:" not in (printed := capsys.readouterr().out) and f"{out} is at step 2 already" in printed
+    printed = capsys.readouterr().out
+    assert "the data:" not in printed
+    assert f"{out} is at step 2 already" in printed
     shutil.copy("moved/a/0.png", "moved/a/9.png")
     trained(out, *flags, "moved", "--steps", 3)
     assert ("changed since step 2: steps 2 -> 3, weight_decay 0.5 -> 0.0, ema [0.9999, 0.0] -> [0.9999], the data: "
             "3 images -> 4, not all the same") in capsys.readouterr().out
     Path("moved/b").rename("moved/c")
-    with pytest.raises(ValueError, match=r"class_names is \['a', 'b'\], here \['a', 'c'\]"):
-        trained(out, *flags, "moved", "--steps", 4)
-
-
-def each_loss(monkeypatch, change):
-    """change(number of the call, losses (N,)) takes the place of every loss of schedule "vp"."""
-    loss, calls = diffusion.VP.loss, itertools.count(1)
-    monkeypatch.setattr(diffusion.VP, "loss", lambda *given: change(next(calls), loss(*given)))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signals_end_the_step_and_save(run, tmp_path, monkeypatch, number):
-    """The step ends and is saved; nohup's SIGHUP is ignored; until the end, a second command is refused the folder."""
-    errors, hangup, handlers = [], signal.SIGHUP, partial(map, signal.getsignal, signal.valid_signals())
-
-    def interrupt(i, losses):
-        if i == 1:
-            errors.append(command("train.py", *SMALL, "--steps", 9, "--out", tmp_path))
-        if i == 2 or number != hangup:
-            os.kill(os.getpid(), number if i == 2 else hangup)
-        return losses
-
-    each_loss(monkeypatch, interrupt)
-    found = signal.signal(hangup, signal.SIG_DFL if number == hangup else signal.SIG_IGN)
-    before = list(handlers())
-    with pytest.raises(SystemExit, match=f"stopped by {number.name} after step 2, which is saved"):
-        trained(tmp_path, "--save-every", 100)
-    assert list(handlers()) == before
-    signal.signal(hangup, found)
-    assert re.fullmatch(rf"train.py: .*process {os.getpid()} .*writes there.*", errors[0])
-    monkeypatch.undo()
-    trained(tmp_path)
-    assert_same_run(tmp_path, run)
+    refuses(r"class_names is \['a', 'b'\], here \['a', 'c'\]", trained, out, *flags, "moved", "--steps", 4)
 
 
 @pytest.mark.parametrize("steps, flags", [(30, "--no-ema-warmup --no-flip"), (12, "--clip-grad 0.1")])
@@ -1407,7 +1282,7 @@ def test_replay_by_the_released_formulas(tmp_path, steps, flags):
     flags += f" --steps {steps} --warmup 10 --lr 2e-4 --ema 0.999 0.9 --seed 3 --label-dropout 0.3"
     (state, _), warm = trained(tmp_path, *flags.split()), "clip" in flags
     torch.manual_seed(3)
-    net = uvit.MODELS["uvit_tiny"](image_size=16, num_classes=10, width=32, heads=2)
+    net = uvit.MODELS["uvit_tiny"](image_size=16, num_classes=10, width=32, depth=2, heads=2)
     images, averages = data.shapes().images, {"0.999": copy.deepcopy(net), "0.9": copy.deepcopy(net)}
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.03)
     for k in range(steps):
@@ -1436,129 +1311,221 @@ def test_replay_by_the_released_formulas(tmp_path, steps, flags):
     assert state["ema"]["pos_embed"].data_ptr() == state["averages"]["0.999"]["pos_embed"].data_ptr()   # stored once
 
 
-@pytest.mark.parametrize("flags, channels", [
-    ("dit_tiny --schedule flow", 3), ("dit_tiny", 6), ("udit_tiny", 6), ("jit_tiny", 3),
-    ("unet_tiny --schedule gvp --predict data --no-class-cond", 3),
-    ("uvit_tiny --schedule flow --times logit-normal 0 1 --noise-scale 2 --predict data --compare velocity", 3)])
-def test_families_and_schedules_train(tmp_path, capsys, flags, channels):
-    """Each trains, but not its frozen weights; no variance where the schedule has none; the arguments are printed."""
-    train.main(["--model", *flags.split(), *SMALL[2:4], *SMALL[7:], "--steps", "2", "--out", str(tmp_path)])
-    state = train.read_checkpoint(tmp_path / "checkpoint.pt")
-    assert math.isfinite(log_of(tmp_path)[-1]["loss"])
-    net = train.build(state["config"]["model"], state["model_args"])
-    y = None if "--no-class-cond" in flags else torch.zeros(1, dtype=torch.long)
-    assert net(torch.zeros(1, 3, 16, 16), torch.zeros(1), y).shape[1] == channels
-    assert all(torch.equal(p, state["model"][name]) for name, p in net.named_parameters() if not p.requires_grad)
-    assert ("learn_sigma=False" in capsys.readouterr().out) == flags.startswith("dit_tiny --schedule flow")
+def test_log_becomes_a_picture(run, tmp_path):
+    """log.png has a panel for each number, where 2^-step is a straight line if it is a loss. Gaps are left out."""
+    assert Image.open(run / "log.png").size == (840, 420)               # loss, lr, grad_norm, images_per_sec
+    rows = [{"step": k, "loss": 2.0**-k if k != 4 else None, "accuracy": k, "skipped": 0} for k in range(1, 9)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{torn")
+    train.draw_log(tmp_path / "log.jsonl", tmp_path / "log.png")
+    blue = (np.asarray(Image.open(tmp_path / "log.png")) == (65, 105, 225)).all(2)
+    for panel, first, last in [(blue[:, :420], 30, 180), (blue[:, 420:], 161, 30)]:     # accuracy begins at 1 of 8
+        heights = [column.nonzero()[0].mean() for column in panel.T if column.any()]
+        assert len(heights) > 300 and heights == pytest.approx(list(np.linspace(first, last, len(heights))), abs=2)
 
 
-def test_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
-    """A NaN loss is skipped and counted, the log stays JSON; ten in a row end the run with advice."""
-    one, _ = trained(tmp_path / "one", "--ema", 0, "--steps", 1)
-    each_loss(monkeypatch, lambda i, losses: losses * (math.nan if i > 1 else 1))
-    three, log = trained(tmp_path / "three", "--ema", 0, "--steps", 3)
-    assert all(same(one[key], three[key]) for key in ("model", "ema"))
-    assert same(one["optimizer"]["state"][0], three["optimizer"]["state"][0])
-    assert [line["loss"] is None for line in log] == [False, True, True]
-    assert three["skipped"] == log[-1]["skipped"] == 2
-    for name, end in [("three", "off; .* holds the checkpoint before$"), ("new", "off$")]:
-        with pytest.raises(ValueError, match=rf"ten times in a row .learning rate 4.0e-03.; try a lower --lr, .*{end}"):
-            trained(tmp_path / name, "--ema", 0, "--steps", 50, "--save-every", 50)
+# ConvNeXt V2: masked autoencoding and classification, the other two objectives
 
 
-def test_fp16_overflow_recovers(run, tmp_path, monkeypatch):
-    """Where a gradient overflows in fp16, the step is skipped and counted, and the scale is halved, also at resume."""
-    each_loss(monkeypatch, lambda i, losses: losses * (1e35 if i in (2, 3) else 1))     # times 65536: beyond float32
-    for steps in (3, 6):
-        state, log = trained(tmp_path, *"--amp fp16 --log-every 4 --steps".split(), steps)
-    assert [(line["step"], line["skipped"]) for line in log] == [(3, 2), (4, 2), (6, 2)]
-    assert log[0]["loss"] == pytest.approx(log_of(run)[0]["loss"], rel=0.01)
-    assert state["scaler"]["scale"] == 65536 / 4
+def convnet(out, model, *flags):
+    """Train a small network of convnext.py on shapes for six steps, or as the flags say -> (checkpoint, log)."""
+    train.main(["--model", model, *SMALL[2:4], *SMALL[10:], "--model-args", "width=8", "depths=1,1", *flags,
+                "--out", str(out)])
+    return train.read_checkpoint(out / "checkpoint.pt"), log_of(out)
 
 
-def test_damaged_checkpoints(run, tmp_path, capsys):
-    """An altered checkpoint is named and the one before leads to the same end; without one, none is begun."""
-    out, whole = shutil.copytree(run, tmp_path / "run"), (run / "checkpoint.pt").read_bytes()
-    (out / "checkpoint.pt").write_bytes(whole[:len(whole) // 2] + b"\0\1" + whole[len(whole) // 2 + 2:])
-    trained(out)
-    assert re.search("continues after step 3.*checkpoint.pt: damaged", "".join(capsys.readouterr()), re.DOTALL)
-    assert_same_run(out, run)
-    (tmp_path / "previous.pt").write_bytes(whole[:len(whole) // 2])
-    with zipfile.ZipFile(run / "checkpoint.pt") as whole, zipfile.ZipFile(tmp_path / "checkpoint.pt", "w") as empty:
-        for name in whole.namelist():       # checksums are right, but the pickle is empty: an error without text
-            empty.writestr(name, b"" if name.endswith("data.pkl") else whole.read(name))
-    with pytest.raises(train.Damaged, match=r"damaged, or not a checkpoint \(\w+"):
-        train.read_checkpoint(tmp_path / "checkpoint.pt")
-    for _ in range(2):
-        with pytest.raises(ValueError, match="no checkpoint can be read"):
-            trained(tmp_path)
-    assert (out / "checkpoint.damaged").exists() and (tmp_path / "previous.damaged").exists()
+CHANGES = "--rand-augment 9 --erasing 1 --mixup 0.8 --cutmix 1 --drop-path 0.5 --layer-decay 0.8 --crop 0.5".split()
 
 
-def test_full_disk_keeps_the_checkpoint_before(run, tmp_path):
-    """A checkpoint that finds no room: one line says so, the old one is whole if there is one, no half is left."""
-    out, new = shutil.copytree(run, tmp_path / "run"), tmp_path / "new"
-    new.mkdir()
-    for folder, words in [(new, "make room or give another --out"), (out, "; the checkpoint before it is whole")]:
-        (folder / "checkpoint.tmp").symlink_to("/dev/full")
-        error = command("train.py", *SMALL, "--steps", 9, "--out", folder)
-        assert re.fullmatch(rf"train.py: {folder}/checkpoint.pt: could not be written .\[Errno .*{words}", error)
-        assert not (folder / "checkpoint.tmp").is_symlink()
-    assert train.read_checkpoint(out / "checkpoint.pt")["step"] == 6
+def test_autoencoder_and_classifier_learn(tmp_path, capsys):
+    """FCMAE's loss falls, and it shows ten images; fine-tuned on 20 images of a class, it names held-out ones."""
+    flags = "--batch-size 32 --steps 40 --log-every 5 --sample-every 20 --save-every 40 --lr 0.01".split()
+    _, log = convnet(tmp_path / "pre", "fcmae_mini", *flags)
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    assert Image.open(tmp_path / "pre" / "samples" / "0000040.png").size == (10 * 18 + 2, 3 * 18 + 2)
+    _, log = convnet(tmp_path / "fine", "convnextv2_mini", *flags, "--init", str(tmp_path / "pre" / "checkpoint.pt"),
+                     "--labels-per-class", "20")
+    assert log[-1]["accuracy"] > 0.8 and sum("accuracy" in line for line in log) == 2
+    assert "shapes: 200 images" in capsys.readouterr().out
+    assert Image.open(tmp_path / "fine" / "samples" / "0000020.png").size == (8 * 18 + 2, 10 * 18 + 2)
 
 
-class Explosive:
-    """What a malicious file would hold: code that runs when it is unpickled."""
-    def __reduce__(self):
-        return os.system, ("touch exploded",)
+@pytest.mark.parametrize("model, flags", [("fcmae_mini", ["--crop", "0.5"]), ("convnextv2_mini", CHANGES)])
+def test_every_objective_resumes_to_the_last_bit(tmp_path, model, flags):
+    """With masks, changed images and stochastic depth, 3 + 3 steps are 6; two passes see the same draws as one."""
+    whole, log = convnet(tmp_path / "whole", model, *flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    (tmp_path / "half" / "checkpoint.pt").unlink()          # previous.pt is step 3
+    torch.rand(1)
+    convnet(tmp_path / "half", model, *flags)
+    assert_same_run(tmp_path / "half", tmp_path / "whole")
+    _, passes = convnet(tmp_path / "passes", model, "--crop", "0.5", "--accumulate", "2")
+    _, one = convnet(tmp_path / "one", model, "--crop", "0.5")
+    assert [line["loss"] for line in passes] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+    rates = [group["lr"] for group in whole["optimizer"]["param_groups"]]
+    assert max(rates) == pytest.approx(log[-1]["lr"]) and (min(rates) < max(rates)) == (model != "fcmae_mini")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda state: state.pop("optimizer"), "does not fit this version of uvit_tiny or train.py ('optimizer')"),
-    (lambda state: state["ema"].update(pos_embed=torch.zeros(1, 3, 32)), "size mismatch for pos_embed"),
-    (lambda state: state["config"].pop("sampler"), "not a checkpoint of train.py, or of another version"),
-    (lambda state: state.update(model_args=[]), "not a checkpoint of train.py"),
-    (lambda state: state.update(code=Explosive()), "no checkpoint can be read")])
-def test_checkpoint_of_another_version_is_not_continued(run, tmp_path, monkeypatch, change, message):
-    """A checkpoint that lacks parts, of another network, or with code in it: one line, and no code is run."""
-    monkeypatch.chdir(tmp_path)
-    state = torch.load(run / "checkpoint.pt")
-    change(state)
-    torch.save(state, "checkpoint.pt")
-    with pytest.raises(ValueError, match=re.escape(message)):
-        trained(tmp_path)
-    assert not Path("exploded").exists()
+def test_images_change_by_their_seeds():
+    """What happens to an image is a function of its seed, not of the rows beside it; of the batch's, how all mix."""
+    dataset, config = data.shapes(), train.parse(["--model", "convnextv2_mini", "--data", "shapes", *CHANGES])
+    where, labels = dict(generator=torch.Generator().manual_seed(0)), torch.arange(10)
+    x, augment = dataset.prepare(dataset.images[:10], torch.zeros(10).bool()), objectives.Augment(config, dataset)
+    (seeds, batch), (others, _), state = augment.draw(10, where), augment.draw(10, where), torch.get_rng_state()
+    mixed = augment(x, labels, seeds, batch)[1]
+    assert torch.equal(augment(x, labels, others, batch)[1], mixed) and torch.equal(state, torch.get_rng_state())
+    assert mixed.sum(1).tolist() == pytest.approx([1] * 10) and ((mixed > 0).sum(1) == 2).all()
+    augment.mix = lambda *xy: xy
+    whole, part, other = (augment(x[-n:], labels, s[-n:], batch)[0] for n, s in ((10, seeds), (4, seeds), (10, others)))
+    assert torch.equal(whole[-4:], part) and (whole != other).flatten(1).any(1).all()
+    assert relative(augment.inverse(augment.plain(dataset.images[:10])), dataset.images[:10] / 255) < 1e-6
 
 
-@pytest.mark.parametrize("world, words", [(3, "6 and 9 do"), (16, "16 and 32 do")])
-def test_processes_that_do_not_fit_are_refused(monkeypatch, world, words):
-    """Eight images do not divide by these processes: the nearest that do are named; half a torchrun too."""
-    with pytest.raises(ValueError, match=f"--batch-size 8 does not divide by {world} processes; {words}"):
-        train.settle(train.parse(SMALL), data.shapes(), mock.Mock(world=world))
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="RANK is set without WORLD_SIZE"):
-        train.Processes("cpu")
+@pytest.mark.parametrize("size, rates", [       # at these epochs; those of the warm-up are reached a step earlier
+    ("atto", {0: 8e-4, 5: 7.998631013e-4, 40: 7.912699665e-4, 300: 4.005e-4, 599.99: 1.0000005476e-6}),
+    ("tiny", {5: 4e-4, 20: 1.6e-3, 40: 3.2e-3, 150: 1.983285405e-3, 299.99: 1.0000116764e-6})])
+def test_learning_rate_and_decay_are_the_released_ones(size, rates):
+    """Linear warm-up, then half a cosine to 1e-6; layers have their factors, vectors and GRN do not decay."""
+    config = train.parse(["--model", f"convnextv2_{size}", "--data", "."])
+    found = [train.learning_rate(config, round(1251 * at) - (0 < at < 40 == config.warmup / 1251)) for at in rates]
+    assert found == pytest.approx(list(rates.values()), rel=1e-8)
+    net = convnext.MODELS["convnextv2_mini"](width=8)
+    factors, decays = convnext.rates(net, 0.9), {name: config.weight_decay for name in convnext.decayed(net)}
+    found = {id(p): (g["factor"], g["weight_decay"]) for g in train.groups(net, config) for p in g["params"]}
+    assert found == {id(p): (factors[name], decays.get(name, 0)) for name, p in net.named_parameters()}
 
 
+def test_weights_that_fit_are_taken_and_the_others_named(tmp_path, capsys):
+    """--init: an FCMAE's encoder, a DiT without its label table; read at the start alone; --freeze: the head learns."""
+    before, _ = convnet(tmp_path / "pre", "fcmae_mini", "--steps", "1")
+    file = (tmp_path / "pre" / "checkpoint.pt").rename(tmp_path / "weights.pt")
+    flags = ["convnextv2_mini", "--freeze", "--init", str(file), "--save-every", "1", "--steps"]
+    convnet(tmp_path / "fine", *flags, "1")
+    assert ("took 28 of 32 tensors; new: norm.weight (16,), norm.bias (16,), head.weight (10, 16), head.bias (10,); "
+            "not used: none") in capsys.readouterr().out
+    file.unlink()
+    after, _ = convnet(tmp_path / "fine", *flags, "2")
+    assert all(torch.equal(p, after["model"][name]) for name, p in convnext.dense(before["ema"]).items())
+    assert after["model"]["head.weight"].abs().max() > 1e-3
+    flags = ["--model", "dit_tiny", *SMALL[2:4], *SMALL[10:], "--steps", "1"]
+    train.main([*flags, "--out", str(tmp_path / "dit")])
+    train.main([*flags, "--out", str(tmp_path / "own"), "--no-class-cond", "--lr", "0",
+                "--init", str(tmp_path / "dit" / "checkpoint.pt")])
+    assert "new: none; not used: y_embedder.embedding_table.weight (11, " in capsys.readouterr().out
+    a, b = (train.read_checkpoint(tmp_path / name / "checkpoint.pt")["ema"] for name in ("dit", "own"))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+REFUSALS["train.py"] += [(f"--data shapes --device cpu --out x --model {flags}", words) for flags, words in [
+    ("fcmae_mini --mixup 1", "--mixup: fcmae_mini has no use for it"),
+    ("convnextv2_mini --schedule vp", "--schedule: convnextv2_mini has no use for it"),
+    ("dit_tiny --layer-decay 0.9", "--layer-decay: dit_tiny has no use for it"),
+    ("convnextv2_mini --crop 0", "--crop 0.0: must be more than 0, at most 1"),
+    ("convnextv2_mini --no-class-cond", "--class-cond: convnextv2_mini has no use for it"),
+    ("convnextv2_mini --image-size 20", "(20, 20) is not a multiple of the patch size 8"),
+    ("convnextv2_mini --init {run}/checkpoint.pt", "nothing in it fits the network"),
+    ("convnextv2_mini --init nowhere.pt", "nowhere.pt: no such file of weights")]]
 REFUSALS["train.py"] += [(" ".join(SMALL) + " --out {run} " + flags, words) for flags, words in [
-    ("--model uvit_s3", "unknown model 'uvit_s3'"),
-    ("--data {run}/log.jsonl", "log.jsonl: not a folder; --data takes cifar10"),
+    ("--model uvit_s3", "unknown model 'uvit_s3'"), ("--data {run}/log.jsonl", "log.jsonl: not a folder; --data ta"),
     ("--model-args widht=32", "uvit_tiny: UViT.__init__() got an unexpected keyword argument 'widht'"),
-    ("--model-args width", "expected KEY=VALUE"),
-    ("--model-args num_classes=5", "num_classes follows from the data"),
-    ("--model-args patch_size=0", "by zero; its arguments are"),
-    ("--model-args width=0", "would have no elements"),
-    ("--model-args width=abc", "--model-args width=abc: expected a value like width=512"),
-    ("--model-args depth=-2", "--model-args depth=-2: expected a value like depth=12"),
-    ("--model-args conv=perhaps", "--model-args conv=perhaps: expected a value like conv=True"),
-    ("--model-args width=64", "is of another run: its width is 32, here 64"),
-    ("--schedule flow", "is of another run: its schedule is vp, here flow"),
-    ("--predict data", "is of another run: its predict is None, here data"),
+    ("--model-args width", "expected KEY=VALUE"), ("--model-args num_classes=5", "num_classes follows from the data"),
+    ("--model-args patch_size=0", "by zero; its arguments are"), ("--model-args width=0", "would have no elements"),
+    ("--model-args width=abc", "width=abc: expected a value like width=512"), ("--model-args depth=-2", "depth=-2: ex"),
+    ("--model-args conv=perhaps", "conv=perhaps: expected a"), ("--model-args width=64", "its width is 32, here 64"),
+    ("--schedule flow", "run: its schedule is vp, here flow"), ("--predict data", "its predict is None, here data"),
     ("--times normal 1 2", "--times normal 1 2: must be uniform, or logit-normal MEAN STD"),
-    ("--accumulate 16", "--accumulate 16: a process has only 8 images of a batch"),
-    ("--betas 1 1", "--betas 1.0: must be"),
-    ("--cfg 2 --label-dropout 0", "--cfg 2.0: guidance needs labels"),
-    ("--out {run}/log.jsonl", "another --out")]]
+    ("--accumulate 16", "--accumulate 16: a process has only 8 images"), ("--betas 1 1", "--betas 1.0: must be"),
+    ("--cfg 2 --label-dropout 0", "--cfg 2.0: guidance needs labels"), ("--out {run}/log.jsonl", "another --out")]]
+
+
+class FakeGPU(TorchDispatchMode):
+    """Tensors on "cuda" have no numbers (FakeTensorMode's), those on the CPU are real. An operation that mixes both, or
+    reads from the GPU, raises; `sent` counts blocking copies of memory to it. No kernel of a GPU is run."""
+
+    def __init__(self, fakes):
+        super().__init__()
+        self.fakes, self.sent = fakes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, given = func.overloadpacket.__name__, (args, kwargs or {})
+        tensors = [x for x in tree_leaves(given) if isinstance(x, torch.Tensor)]
+        real = [x for x in tensors if not isinstance(x, FakeTensor)]
+        device = torch.device(given[1].get("device") or ("cpu" if len(real) == len(tensors) else "cuda")).type
+        if device == "cpu" and len(real) == len(tensors):
+            with unset_fake_temporarily():
+                return func(*args, **given[1])
+        assert device == "cuda" and name != "_local_scalar_dense", f"{name} waits for the GPU"
+        assert name == "_to_copy" or all(x.ndim == 0 for x in real), f"{name} mixes devices"
+        self.sent += name == "_to_copy" and len(real) > 0 and not given[1].get("non_blocking")
+        args, kwargs = tree_map_only(torch.Tensor, self.fakes.from_tensor, given)
+        return func(*args, **kwargs)
+
+
+def backward(loss):
+    """loss.backward(), node by node: torch's engine would ask the driver for its streams."""
+    waiting = {loss.grad_fn: {0: torch.ones_like(loss)}}
+    while waiting:
+        node = max(waiting, key=lambda node: node._sequence_nr())       # the latest: nothing else leads to it
+        given = waiting.pop(node)
+        if hasattr(node, "variable"):
+            node.variable.grad = given[0]
+            continue
+        found = node(*(given.get(i) for i in range(len(node._input_metadata))))
+        for (after, i), gradient in zip(node.next_functions, found if isinstance(found, tuple) else [found]):
+            if after is not None and gradient is not None:
+                like, slots = after._input_metadata[i], waiting.setdefault(after, {})
+                slots[i] = slots.get(i, 0) + gradient.sum_to_size(like.shape).to(like.dtype)
+
+
+class Generator(torch.Generator):
+    """A generator that says it is of its device."""
+    def __new__(cls, device="cpu"):
+        generator = super().__new__(cls, "cpu")
+        generator.device = torch.device(device)
+        return generator
+
+    device = None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_waits_for_a_gpu_and_no_devices_mix(inception):
+    """On a GPU without numbers: two steps of training, every sampler, each on one of the schedules, and Inception."""
+    config = train.parse("--model dit_tiny --data shapes --model-args width=32 depth=2 heads=2 --amp bf16 "
+                         "--batch-size 8 --grad-checkpoint 2 --clip-grad 1 --device cuda".split())
+    dataset, cuda = data.shapes(), torch.device("cuda", 0)
+    with contextlib.ExitStack() as stack:
+        for owner, name, answer in [
+                (torch.cuda, "is_available", True), (torch.cuda, "is_bf16_supported", True),
+                (torch.cuda, "is_current_stream_capturing", False), (fake_tensor, "init_gpu_context", None)]:
+            stack.enter_context(mock.patch.object(owner, name, return_value=answer))
+        for owner, name, other in [(FakeTensorMode, "avoid_device_init", True), (torch.Tensor, "backward", backward),
+                                   (torch, "Generator", Generator), (torch.Tensor, "pin_memory", lambda x: x)]:
+            stack.enter_context(mock.patch.object(owner, name, other))
+        gpu = stack.enter_context(FakeGPU(stack.enter_context(FakeTensorMode())))
+        try:
+            torch.zeros(2, device=cuda)[0]
+        except RuntimeError as error:
+            pytest.skip(f"this build of torch asks the driver ({data.one_line(error, 80)})")
+        here = mock.Mock(rank=0, world=1, device=cuda, distributed=False)
+        null = train.settle(config, dataset, here)
+        model = recipes.build(config.model, {**recipes.model_arguments(config, dataset), "checkpoint": 2}).to(cuda)
+        objective = objectives.Diffusion(config, dataset, model, null)
+        learner = train.Learner(model, objective, config, here)
+        passes = train.passes_of(dataset, objective, config, here, 0)
+        for step in range(2):
+            gpu.sent = 0
+            loss, _, bad = learner.step(step, passes(step))
+        assert (loss.device, bad.device, gpu.sent) == (cuda, cuda, 0)
+
+        def network(x, t, y):
+            return torch.cat([x, x], dim=1) * (t + y)[:, None, None, None]
+
+        for name, schedule in zip(diffusion.SAMPLERS, itertools.cycle(diffusion.SCHEDULES.values())):
+            gpu.sent = 0
+            x = diffusion.generate(network, schedule(), (3, 4, 4), range(2), null.repeat(2), null, w=2, steps=3,
+                                   sampler=name, clip=True, device=cuda)
+            assert (x.shape, x.device, gpu.sent) == ((2, 3, 4, 4), cuda, 0)
+        out = copy.deepcopy(inception).to(cuda)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=cuda))
+        assert {values.device for values in out.values()} == {cuda}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1579,15 +1546,20 @@ def sampled(run, out, *flags):
 
 @pytest.mark.parametrize("flags, weights, settings", [
     ("", "ema", {}), ("--raw --no-clip-x0 --sampler ddim --seed 5", "model", dict(clip=False, sampler="ddim", seed=5)),
-    ("--ema 0.5 --cfg 3 --cfg-channels 1 --cfg-interval 0 0.6", "0.5", dict(w=3.0, channels=1, interval=(0.0, 0.6)))])
-def test_samples_are_those_of_generate(run, tmp_path, flags, weights, settings):
+    ("--ema 0.5 --cfg 3 --cfg-channels 1 --cfg-interval 0 0.6", "0.5", dict(w=3.0, channels=1, interval=(0.0, 0.6))),
+    ("--cfg 3 --guide-with weak.pt", "ema", dict(w=3.0, weak="model"))])
+def test_samples_are_those_of_generate(run, tmp_path, monkeypatch, flags, weights, settings):
     """In batches of two, image i is generate's i-th, of the weights, settings and labels that the flags ask for."""
     state, known = train.read_checkpoint(run / "checkpoint.pt"), {}
     for factor, name in (1.0, "0.5"), (0.7, "ema"), (0.5, "model"):     # three networks that answer strongly to labels
         known[name] = {key: factor * value for key, value in fill(state["ema"]).items()}
     torch.save({**state, **known, "averages": {"0.5": known["0.5"]}}, tmp_path / "checkpoint.pt")
-    model = train.build("uvit_tiny", state["model_args"]).eval()
-    model.load_state_dict(known[weights])
+    torch.save({**state, "ema": known["model"]}, tmp_path / "weak.pt")
+    monkeypatch.chdir(tmp_path)
+    nets = {name: recipes.build("uvit_tiny", state["model_args"]).eval() for name in known}
+    for name, net in nets.items():
+        net.load_state_dict(known[name])
+    model, settings = nets[weights], dict(settings, weak=nets.get(settings.get("weak")))
     x0 = diffusion.generate(model, diffusion.SCHEDULES["vp"](), (3, 16, 16), range(5), torch.tensor([3, 0, 3, 0, 3]),
                             null=10, **{**dict(sampler="ddpm", steps=4, clip=True), **settings})
     images, labels = sampled(tmp_path, tmp_path / "x.npz", *f"--num 5 --labels 3,0 --batch-size 2 {flags}".split())
@@ -1615,43 +1587,6 @@ def test_suffix_decides_the_form(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4.npz", "X.NPZ", "new", "x.png"]
 
 
-def test_work_is_shared_evenly(run, monkeypatch):
-    """Eight processes draw ten of eighty images each, whatever the batch size is, and each image once."""
-    source = sample.open_source(sample.parse(["--ckpt", str(run / "checkpoint.pt")]), torch.device("cpu"))
-    monkeypatch.setattr(diffusion, "generate", lambda model, schedule, shape, batch, *_, **__: torch.zeros(len(batch)))
-    places = [SimpleNamespace(rank=rank, world=8, device=torch.device("cpu")) for rank in range(8)]
-    shares = [[i for indices, _ in sample.sampled(source, None, 80, 100, here) for i in indices] for here in places]
-    assert shares == np.arange(80).reshape(8, 10).tolist()
-
-
-def test_two_runs_of_one_output_do_not_mix(run, tmp_path, monkeypatch):
-    """The lock refuses a second run in the midst of the first; without locks, it changes none of the first's images."""
-    out = tmp_path / "x.npz"
-    alone, _ = sampled(run, tmp_path / "alone.npz", "--num", 4)
-    assert "alone.npz: exists already" in draw(run, tmp_path / "alone.npz")
-
-    def after_another_run(*args, **settings):
-        monkeypatch.undo()
-        assert re.match(rf"sample.py: {out}: process {os.getpid()} .* writes there", draw(run, out, "--num", 4))
-        monkeypatch.setattr(data, "lock", contextlib.nullcontext)
-        assert draw(run, out, "--num", 4, "--seed", 1) is None
-        return diffusion.generate(*args, **settings)
-
-    monkeypatch.setattr(diffusion, "generate", after_another_run)
-    assert (sampled(run, out, "--num", 4)[0] == alone).all()
-
-
-@pytest.mark.parametrize("place, name, effect, words", [
-    (diffusion, "generate", KeyboardInterrupt, "interrupted"),
-    (Path, "replace", OSError(28, "Disk full"), "x.npz: could not be written"),
-    (diffusion, "generate", [torch.full((4, 3, 16, 16), math.nan)], "images 0 to 3 are not finite")])
-def test_a_run_that_ends_early_leaves_no_file(run, tmp_path, monkeypatch, place, name, effect, words):
-    """A signal, a full disk, or a NaN: one line, and no part of the output."""
-    monkeypatch.setattr(place, name, mock.Mock(side_effect=effect))
-    assert re.fullmatch(f"sample.py: .*{words}.*", draw(run, tmp_path / "x.npz", "--num", 4))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("keys, found, raw", [
     (["model", "ema"], "ema", "model"), (["model", "model_ema1"], "model_ema1", "model"),
     (["state_dict", "model"], "model", "model"), (["state_dict"], "state_dict", "state_dict"), ([], "bare", "bare")])
@@ -1660,7 +1595,7 @@ def test_weights_load_in_every_wrapping(tmp_path, keys, found, raw):
     state = {key: {f"module._orig_mod.net.{key}": torch.ones(2)} for key in keys}
     torch.save({**state, "args": argparse.Namespace(lr=1)} if keys else {"net.bare": torch.ones(2)}, tmp_path / "w.pt")
     for key, prefer_raw in (found, False), (raw, True):
-        weights, name = sample.read_weights(tmp_path / "w.pt", prefer_raw)
+        weights, name = recipes.read_weights(tmp_path / "w.pt", prefer_raw)
         assert [*weights, name] == [key, key]
 
 
@@ -1688,9 +1623,9 @@ def test_released_weights_sample_by_their_recipe(tmp_path, autoencoder, flags, t
     args = sample.parse(f"--model {flags} --model-args {small} --weights {tmp_path}/w.pt --prompt cat".split())
     size, encoding = data.IMAGE_SIZE[args.data], encode.released_encoding(args.model, args.data)
     shape = (4, size // 8, size // 8) if encoding else (3, size, size)
-    known = inspect.signature(train.NETWORKS[train.family(args.model)]).parameters
-    given = dict(train.parse_argument(item, known) for item in f"{small} {tensors}".split())
-    net = train.build(args.model, dict(given, in_channels=shape[0], image_size=shape[1]))
+    known = inspect.signature(recipes.NETWORKS[recipes.family(args.model)]).parameters
+    given = dict(recipes.parse_argument(item, known) for item in f"{small} {tensors}".split())
+    net = recipes.build(args.model, dict(given, in_channels=shape[0], image_size=shape[1]))
     torch.save(net.state_dict(), args.weights)
     source, classes = sample.open_source(args, torch.device("cpu")), given.get("num_classes", 0)
     assert type(source.schedule) is diffusion.SCHEDULES[recipe.split()[0]]
@@ -1701,16 +1636,16 @@ def test_released_weights_sample_by_their_recipe(tmp_path, autoencoder, flags, t
     assert np.array_equal(source.null, null)
 
 
-@pytest.mark.parametrize("names, text, labels", [("cat dog", "1,cat, dog", [1, 0, 1]), ("1 10 2", "1,2", [0, 2])])
-def test_labels_are_numbers_or_names(names, text, labels):
+def test_labels_are_numbers_or_names():
     """--labels takes numbers and names; where a class is named by a number, as folders 1, 2, 10 are, names alone."""
-    source = SimpleNamespace(num_classes=len(names.split()), class_names=names.split(), path="x")
-    assert sample.parse_labels(text, source) == labels
+    for names, text, labels in (["cat", "dog"], "1,cat, dog", [1, 0, 1]), (["1", "10", "2"], "1,2", [0, 2]):
+        assert sample.parse_labels(text, SimpleNamespace(num_classes=len(names), class_names=names)) == labels
 
 
 def test_latents_train_and_sample(tmp_path, autoencoder, capsys):
     """A U-ViT learns latents by captions, and draws texts; without labels or autoencoder, it trains without grids."""
-    flags = "--model-args patch_size=2 --sample-steps 2 --workers 0 --sample-every 6 --label-dropout 0.4 --data".split()
+    flags = ("--schedule sd --model-args patch_size=2 --sample-steps 2 --workers 0 --sample-every 6 --label-dropout 0.4 "
+             "--data").split()
     state, _ = trained(tmp_path, *flags, write_latents(tmp_path / "latents", count=20, text=(5, 16)))
     assert torch.equal(state["null"], data.load(tmp_path / "latents").null)
     assert Image.open(tmp_path / "samples" / "0000006.png").size == (8 * 66 + 2, 8 * 66 + 2)    # a row for each caption
@@ -1726,12 +1661,12 @@ def test_latents_train_and_sample(tmp_path, autoencoder, capsys):
     autoencoder.side_effect = ValueError("diffusers is missing")
     state, _ = trained(tmp_path / "run", *flags, write_latents(tmp_path / "unlabelled", classes=0))
     assert (state["model_args"]["num_classes"], state["step"]) == (0, 6)
-    assert capsys.readouterr().err.count("no grids of samples: diffusers is missing") == 1
+    assert capsys.readouterr().err.count("nothing to show: diffusers is missing") == 1
 
 
 def bad_files(folder):
     """What holds no weights, or weights that do not fit; the same bytes hold no text."""
-    net = train.build("dit_tiny", dict(image_size=16, num_classes=10, null_class=False))
+    net = recipes.build("dit_tiny", dict(image_size=16, num_classes=10, null_class=False))
     odd = {"label_emb.weight": torch.tensor(1.0), **net.state_dict(), "final_layer.linear.bias": torch.zeros(1)}
     odd["x_embedder.proj.bias"] = math.nan * odd.pop("t_embedder.mlp.0.bias")
     files = dict(list=[1], number={1: torch.ones(2)}, sparse={"x": torch.eye(3).to_sparse()}, code={"x": os.system})
@@ -1741,26 +1676,144 @@ def bad_files(folder):
 
 RUN, RELEASED = "--ckpt {run}/checkpoint.pt", "--model dit_tiny --data shapes --weights"
 REFUSALS["sample.py"] += [
-    ("", "give either --ckpt"),
-    ("--weights list", "--weights needs --model and --data"),
-    (f"{RUN} --schedule flow", "--schedule goes with --weights only"),
-    (f"{RELEASED} list --ema 0.9", "--ema goes with --ckpt only"),
-    (f"{RUN} --ema 0.5", "has the averages 0.9999"),
-    (f"{RELEASED} code", "code: not a file of weights alone", bad_files),
+    ("", "give either --ckpt"), ("--weights list", "--weights needs --model and --data", bad_files),
+    ("--weights dit_xl2", "dit_xl2: no such file of weights, nor the name of"),
+    ("--weights convnextv2_atto", "--weights convnextv2_atto: draws no images"),
+    (f"{RUN} --export x.pt", "--export x.pt: give a name that ends in .safetensors"),
+    (f"{RUN} --guide-with {{run}}/checkpoint.pt", "--guide-with: give a guidance weight too"),
+    (f"{RUN} --schedule flow", "--schedule goes with --weights only"), (f"{RUN} --ema 0.5", "has the averages 0.9999"),
+    (f"{RELEASED} list --ema 0.9", "--ema goes with --ckpt"), (f"{RELEASED} code", "code: not a file of w", bad_files),
     *[(f"{RELEASED} {name}", f"{name}: holds no state dict", bad_files) for name in ("list", "number", "sparse")],
     (f"{RELEASED} odd", "1 missing (t_embedder.mlp.0.bias); 1 unexpected (label_emb.weight); 1 of another shape "
      "(final_layer.linear.bias (1,), here (128,)); 1 with NaN or infinite numbers (x_embedder.proj.bias)", bad_files),
+    ("--model fcmae_mini --data shapes --weights odd", "odd: fcmae_mini does not generate images", bad_files),
     ("--model dit_tiny --data celeba64 --weights odd", "has 10 rows, and the data 0 classes; say", bad_files),
-    (f"{RUN} --num 10000000000000", "10000000000000 images take 15360000.0 GB while they are made, and "),
-    (f"{RUN} --cfg 2 --cfg-channels 4", "checkpoint.pt has 3 channels"),
-    (f"{RUN} --sweep 1 inf", "--sweep inf: must be finite"),
-    (f"{RUN} --sweep 1 2 --out y.npz", "give an --out that ends in .png"),
-    (f"{RUN} --labels 1,-2", "--labels -2: the model has classes 0 to 9, or red disc, "),
-    (f"{RUN} --prompt cat", "takes no text"),
-    (f"{RUN} --prompts list", "list: holds no text in UTF-8", bad_files),
-    (f"{RUN} --out x.jpg", "give a name that ends in .png or .npz"),
-    (f"{RUN} --out {HERE}", "exists and is not an empty folder"),
-    (f"{RUN} --out /proc/x", "/proc/x: could not be written")]
+    (f"{RUN} --cfg 2 --cfg-channels 4", "checkpoint.pt has 3 channels"), (f"{RUN} --prompt cat", "takes no text"),
+    (f"{RUN} --sweep 1 inf", "inf: must be finite"), (f"{RUN} --sweep 1 2 --out y.npz", "an --out that ends in .png"),
+    (f"{RUN} --num 10000000000000", "take 15360000.0 GB"), (f"{RUN} --labels 1,-2", "has classes 0 to 9, or red disc"),
+    (f"{RUN} --prompts list", "list: holds no text in UTF-8", bad_files), (f"{RUN} --out x.jpg", "ends in .png or .np"),
+    (f"{RUN} --out {HERE}", "exists and is not an empty"), (f"{RUN} --out /proc/x", "/proc/x: could not be written")]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Sends `body` from the byte asked for; the first `breaks` answers end halfway. `asked` gets those bytes."""
+
+    def do_GET(self):
+        first = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        rest, _ = self.body[first:], self.asked.append(first)
+        self.send_response((206 if first else 200) if rest else 416)
+        self.send_header("Content-Length", len(rest))
+        self.end_headers()
+        self.wfile.write(rest[:len(rest) // 2] if len(self.asked) <= self.breaks else rest)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """served(file, body, breaks): this machine serves dit_xl2_256 as that file -> (its place, bytes asked for)."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
+
+    def serve(file, body, breaks=0):
+        Server.body, Server.breaks, Server.asked = body, breaks, []
+        address, flags = f"http://127.0.0.1:{server.server_port}/{file}?dl=1", recipes.RELEASED["dit_xl2_256"][-1]
+        monkeypatch.setitem(recipes.RELEASED, "dit_xl2_256", (file, address, flags))
+        return tmp_path / "checkpoints" / file, Server.asked
+
+    yield serve
+    server.shutdown()
+    server.server_close()
+
+
+def test_weights_by_name_are_fetched_once(served, tmp_path, autoencoder):
+    """A transfer that breaks off twice goes on where it was; the file is found again, and its name says what it is."""
+    net = recipes.build("dit_xl2", dict(image_size=32, num_classes=1000, width=32, heads=2, depth=1))
+    torch.save(weights := fill(net.state_dict(), ["pos_embed"]), tmp_path / "w.pt")
+    body = (tmp_path / "w.pt").read_bytes()
+    (path, asked), half = served("w.pt", body, breaks=2), len(body) // 2
+    args = sample.parse("--weights dit_xl2_256 --model-args width=32 heads=2 depth=1".split())
+    source = sample.open_source(args, torch.device("cpu"))
+    assert (path.read_bytes(), [*path.parent.iterdir()]) == (body, [path])
+    assert recipes.find("dit_xl2_256") == path and asked == [0, half, half + (len(body) - half) // 2]
+    assert same(source.model.state_dict(), weights) and type(source.schedule) is diffusion.DDPM
+    assert (source.settings["channels"], source.class_names[207]) == (3, "golden retriever")
+
+
+@pytest.mark.parametrize("file, body, words, kept", [
+    ("w.pt", b"<!DOCTYPE html>", "there is a page or something else", 0),
+    ("w-0123abcd.pt", b"PK of another", "its SHA-256 does not begin with 0123abcd", 0),
+    ("w.pt", b"PK" + 62 * b"x", "it broke off after 62 bytes of 64", 62)])
+def test_weights_that_do_not_arrive(served, file, body, words, kept):
+    """One line says why, where the file is and where to put it. What came of a good file is kept for the next call."""
+    path, _ = served(file, body, breaks=5 if kept else 0)
+    part = path.with_name(f"{file}.part")
+    with pytest.raises(FileNotFoundError, match=f"{path} is not there, .*{words}.* fetch http.*/{file}.dl=1 with a "):
+        recipes.find("dit_xl2_256")
+    assert (part.stat().st_size, path.exists()) == (kept, False)
+    if kept:
+        assert recipes.find("dit_xl2_256").read_bytes() == body
+        path.rename(part)       # nothing follows it, which the server answers with an error
+        assert recipes.find("dit_xl2_256").read_bytes() == body
+
+
+def test_released_names_stand_for_recipes():
+    """Each name has a file of its own. The flags that it stands for make a recipe: JiT's has noise for its size."""
+    assert len({file for file, _, _ in recipes.RELEASED.values()}) == len(recipes.RELEASED) == 51
+    for name in (name for name, (_, _, flags) in recipes.RELEASED.items() if flags):
+        args = sample.parse(["--weights", name])
+        scale = recipes.recipe(args.model, data.kind(args.data), args.schedule)["noise_scale"]
+        assert (scale, args.cfg_channels) == (1 + (name[-2:] == "32"), 3 if name[:3] in ("dit", "sit") else None)
+
+
+def test_diffusers_dit_becomes_dit(tmp_path):
+    """diffusers' DiT answers as dit.py with its weights, once all its blocks embed time as the release does."""
+    net = pytest.importorskip("diffusers").DiTTransformer2DModel(2, 16, out_channels=8, num_layers=2, sample_size=8,
+                                                                 num_embeds_ada_norm=10, norm_eps=1e-6).eval()
+    net.load_state_dict(fill(net.state_dict()))
+    with pytest.raises(ValueError, match="its blocks differ in .norm1.emb"):
+        dit.from_diffusers(net.state_dict())
+    for block in net.transformer_blocks:
+        block.norm1.emb.load_state_dict(net.transformer_blocks[0].norm1.emb.state_dict())
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    net.save_pretrained(tmp_path)
+    ours = dit.DiT(image_size=8, width=32, depth=2, heads=2, num_classes=10).eval()
+    sample.load_weights(ours, recipes.read_weights(tmp_path / "diffusion_pytorch_model.safetensors")[0], tmp_path)
+    x, t, y = inputs((3, 4, 8, 8), 11, times=(0, 999))
+    with torch.no_grad():
+        assert relative(ours(x, t, y), net(x, t, class_labels=y).sample) < 1e-5
+
+
+@pytest.mark.parametrize("flags, key", [([], "ema"), (["--raw"], "model")])
+def test_exported_weights_say_what_they_are(run, tmp_path, monkeypatch, flags, key):
+    """--export writes the weights with the released names; --weights of that file alone draws what the run draws."""
+    load, path = pytest.importorskip("safetensors.torch").load_file, Path("x.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert draw(run, "none.png", "--export", path, *flags) is None
+    assert [*Path().iterdir()] == [path]
+    assert same(load(path), train.read_checkpoint(run / "checkpoint.pt")[key])
+    a, _ = sampled(run, "a.npz", "--num", 4, *flags)
+    read = ["--weights", path, "--num", 4, "--steps", 4, "--device", "cpu", "--out"]
+    assert command("sample.py", *read, "b.npz") is None
+    assert (a == np.load("b.npz")["arr_0"]).all()
+    what = ["--model", "dit_tiny", "--data", "shapes"]
+    assert "--model: x.safetensors says itself what it is" in command("sample.py", *read, "c.npz", *what)
+    path.write_bytes(b"no header")
+    assert "--weights needs --model and --data" in command("sample.py", *read, "c.npz")
+    assert "x.safetensors: not a file of weights alone, or damaged" in command("sample.py", *read, "c.npz", *what)
+    assert "--export no/x.safetensors: could not be written (" in draw(run, "c.npz", "--export", "no/x.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "x.safetensors: needs the package safetensors" in command("sample.py", *read, "c.npz", *what)
+
+
+@pytest.mark.parametrize("part, change, words", [
+    ("config", dict(schedule="sd"), "schedule is sd"), ("config", dict(data="cifar10"), "data is cifar10"),
+    ("config", dict(predict="data"), "predict is data"), ("model_args", dict(num_classes=9), "num_classes is 9")])
+def test_only_a_network_for_the_same_task_guides(run, tmp_path, part, change, words):
+    """--guide-with refuses other data, another schedule, another prediction and other classes."""
+    state = train.read_checkpoint(run / "checkpoint.pt")
+    torch.save({**state, part: {**state[part], **change}}, tmp_path / "weak.pt")
+    assert f"its {words}, that of " in draw(run, tmp_path / "x.npz", "--cfg", 2, "--guide-with", tmp_path / "weak.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1779,8 +1832,7 @@ class Eye(torch.nn.Module):     # two random convolutions: what shapes look like
         x = relu(conv2d(images / 127.5 - 1, self.a, stride=2))
         return relu(conv2d(dropout(x, training=self.training), self.b, stride=2)).mean((2, 3))
 eye = Eye().eval()
-def blind(images):
-    return eye(images) * float("nan")
+blind = lambda images: eye(images) * float("nan")
 """
 
 
@@ -1809,8 +1861,7 @@ def test_inception_computes_what_the_ports_do(inception, monkeypatch, resize, na
     assert out.square().mean().sqrt().item() == pytest.approx(norm, rel=1e-4)
     assert relative(out[0, ::out.shape[1] // 4][:4], few) < 1e-4
     assert fid.resize(torch.tensor([[[[0.0, 8, 4]]]]), 6)[0, 0].tolist() == 6 * [[0, 4, 8, 6, 4, 4]]
-    with pytest.raises(ValueError, match="expected uint8 images"):
-        inception(torch.zeros(1, 3, 8, 8))
+    refuses("expected uint8 images", inception, torch.zeros(1, 3, 8, 8))
 
 
 def gauss(x):
@@ -1829,11 +1880,9 @@ def test_numbers_are_those_of_the_published_tools():
     assert fid.frechet_distance(*gauss(a[:40]), *gauss(b[:30])) == pytest.approx(183.3301718134664, rel=1e-7)
     own = [fid.frechet_distance(*gauss(a[:n]), *gauss(a[:n])) for n in range(10, 20)]
     assert 0 <= min(own) <= max(own) < 1e-10
-    with pytest.raises(ValueError, match="not finite"):
-        fid.frechet_distance(np.full(48, np.nan), np.eye(48), np.zeros(48), np.eye(48))
+    refuses("not finite", fid.frechet_distance, np.full(48, np.nan), np.eye(48), np.zeros(48), np.eye(48))
     assert fid.inception_score(logits) == pytest.approx((3.3609154765, 0.1320813473), rel=1e-8)
-    with pytest.raises(ValueError, match="9 images do not make 10 splits"):
-        fid.inception_score(logits[:9])
+    refuses("9 images do not make 10 splits", fid.inception_score, logits[:9])
     assert fid.share_inside(*(torch.from_numpy(x[:, :8]) for x in (a, b)), 3, block=200) == pytest.approx(0.74)
     real, generated = torch.arange(10.0)[:, None], torch.tensor([[0.0], [1], [2], [3]])     # radii 3, 2, 2, 3
     assert fid.precision_recall(real, generated) == (1, 7 / 10)
@@ -1895,27 +1944,13 @@ def test_distance_of_every_kind_of_input(gallery, capsys, monkeypatch, samples, 
     np.savez("statistics.npz", mu=mu, sigma=sigma)
     np.savez("published.npz", mu=mu, sigma=sigma, arr_0=np.load("few.npz")["arr_0"])        # as guided-diffusion's
     if "eye.pt2" in flags:
-        eye, example, batch = runpy.run_path("eye.py")["eye"], torch.zeros(4, 3, 16, 16).byte(), torch.export.Dim("n")
-        exported = torch.export.export(eye, (example,), dynamic_shapes=({0: batch},))
-        torch.export.save(exported, "eye.pt2")
+        eye, images = runpy.run_path("eye.py")["eye"], torch.zeros(4, 3, 16, 16).byte()
+        torch.export.save(torch.export.export(eye, (images,), dynamic_shapes=({0: torch.export.Dim("n")},)), "eye.pt2")
     distance, found = measured(capsys, samples, "--ref", ref, "--features", *flags.split(), features=None)
     assert distance == pytest.approx(fid.frechet_distance(*gauss(gallery[1]), mu, sigma), rel=1e-6)
     assert ("precision" in found) == (ref != "statistics.npz" and "--no-pr" not in flags)
     assert found["samples"] == dict(source=samples, size="16x16", n=60)
     assert isinstance(fid.read_npz("noisy.npz")[0], np.memmap)      # takes no memory until a batch is needed
-
-
-def test_inception_gives_six_numbers(gallery, inception, capsys, monkeypatch):
-    """FID of 2048 features, sFID of 2023, IS with its deviation, precision, recall; and what limits their meaning."""
-    monkeypatch.setattr(fid, "frechet_distance", lambda *given: sum(len(part) for part in given))   # 10 seconds less
-    monkeypatch.setattr(fid, "Inception", lambda path, resize: {("x", "pytorch"): inception}[path, resize])
-    fid.main("few.npz --ref few.npz --inception x --resize pytorch --device cpu".split())
-    shown = capsys.readouterr()
-    numbers = re.findall(r"^(FID|sFID|IS deviation|IS|precision|recall) +(\d\S+)$", shown.out, re.M)
-    assert [name for name, _ in numbers] == ["FID", "sFID", "IS", "IS deviation", "precision", "recall"]
-    assert [float(value) for _, value in numbers[:2] + numbers[4:]] == [4 * 2048, 4 * 2023, 1, 1]
-    assert "source few.npz, size 16x16, n 5, vectors 5" in shown.out
-    assert re.search(r"5 samples: under 2048 images.*\n.*\n.*not the released weights", shown.err)
 
 
 def test_distance_of_a_checkpoint_is_that_of_its_samples(run, gallery, capsys):
@@ -1941,8 +1976,7 @@ def test_saved_reference_is_read(gallery, capsys, monkeypatch):
     for changed, content in ("eye.py", EYE + "\n"), ("other", ""):           # other code, then other weights
         Path("eye.py").write_text(EYE)
         Path(changed).write_text(content)
-        with pytest.raises(ValueError, match="ref.npz: statistics of .*eye.py:Eye.*, not of"):
-            measured(capsys, "noisy.npz", "--ref", "ref.npz")
+        refuses("ref.npz: statistics of .*eye.py:Eye.*, not of", measured, capsys, "noisy.npz", "--ref", "ref.npz")
 
 
 REFUSALS["fid.py"] += [(f"--ref clean.npz --features eye.py:eye {flags}", words, write_files) for flags, words in [
@@ -1972,26 +2006,23 @@ def benched(monkeypatch, capsys):
     monkeypatch.setattr(bench, "BLOCK", 1e-9)
     monkeypatch.setitem(bench.CEILING, "cpu", 64)
     monkeypatch.setattr(bench.gc, "collect", lambda: None)      # half a second each in a process full of tests
-
     tiny = "--model uvit_tiny --data shapes --width=32 --heads=2 --batch-size 2 --repeats 2 --evaluations 2 --json"
 
     def measure(*flags):
         bench.main([*tiny.split(), *map(str, flags), "--device", "cpu"])
         return json.loads(capsys.readouterr().out)["results"][0]
-
     return measure
 
 
 @pytest.mark.parametrize("network, published", [
-    ("uvit_s2 --data mscoco256", (44.69, 16.23)), ("dit_s2 --data imagenet256", (32.86, 6.06)),
-    ("udit_s --data imagenet256", (58.90, 6.02))])
+    ("uvit_s2 --data mscoco256", [44.69, 16.23]), ("udit_s --data imagenet256", [58.90, 6.02])])
 def test_bench_counts_what_is_published(network, published):
-    """Parameters (DiT's without its fixed table) and multiply-adds are the published ones within 0.5 %."""
+    """Parameters and multiply-adds (convolutions merged) are the published ones within 0.5 %, at any batch size."""
     config = bench.configure(bench.parse(["--batch-size", "7", "--model", *network.split()]))
-    assert (config.parameters / 1e6, config.macs / 1e9) == pytest.approx(published, rel=5e-3)
+    assert [config.parameters / 1e6, config.macs / 1e9] == pytest.approx(published, rel=5e-3)
 
 
-@pytest.mark.parametrize("words", [words for words, _ in bench.ON_GPU + bench.ON_CPU])
+@pytest.mark.parametrize("words", [words for words, _ in bench.PAPERS])
 def test_bench_has_rows_that_go_together(words):
     """Each row of the papers names a model, data and arguments that fit; flags given beside it win."""
     with mock.patch("bench.count", return_value=(1, 1)):
@@ -2003,14 +2034,13 @@ def test_bench_prints_what_is_published_and_where_memory_does_not_suffice(benche
     errors = [*2 * [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")], RuntimeError("another")]
     monkeypatch.setitem(bench.WORKS, "step", mock.Mock(side_effect=errors))
     rows = [("model=uvit_tiny data=shapes batch-size=3", "1 ms"), ("model=dit_tiny data=cifar10", "2 ms")]
-    monkeypatch.setattr(bench, "ON_CPU", rows)
+    monkeypatch.setattr(bench, "PAPERS", rows)
     bench.main("--papers --device cpu --measure step,forward --batch-size 2 --repeats 1 --grad-checkpoint".split())
-    table = (r"^(\w+), \w+ (\S+): .* batch 2, amp off, grad-checkpoint 1\nthe released code on two cores: (.*)\n"
+    table = (r"^(\w+), \w+ (\S+): .* batch 2, amp off, grad-checkpoint 1\npublished: (.*)\n"
              r".*\n +step out of memory\n +forward +\d.*\n +product, off +\d")
     found = re.findall(table, capsys.readouterr().out, re.M)
     assert found == [("uvit_tiny", "3x16x16", "1 ms"), ("dit_tiny", "3x32x32", "2 ms")]
-    with pytest.raises(RuntimeError, match="another"):
-        benched()
+    refuses("another", benched, error=RuntimeError)
 
 
 def test_bench_compares_two_settings(benched):
@@ -2029,30 +2059,11 @@ def test_bench_compares_two_settings(benched):
         assert [b["flops_per_sec"], b["share"]] == pytest.approx([passes * macs / 2, passes * macs / 2 / (4 * 64**3)])
 
 
-def test_bench_times_blocks_in_turn_and_sees_the_peak():
-    """Blocks run A B A B, each with its own number of calls, and prepared; 100 MB count that are held for a while."""
-    ran, device = [], torch.device("cpu")
-    a = bench.Work(lambda: ran.append("a"), 1, 1, "off", calls=2)
-    b = bench.Work(lambda: ran.append("b"), 1, 1, "off", before=lambda: ran.append("-"))
-    bench.alternate([a, b], 3, device)
-    assert "".join(ran) == 3 * "aa-b"
-    work = bench.warm_up(lambda: bench.Work(lambda: torch.ones(25_000_000).sum(), 1, 1, "off"), device)
-    assert sys.platform != "linux" or work.peak == pytest.approx(100e6, abs=20e6)
-
-
-def test_bench_reads_stored_images(tmp_path, benched, monkeypatch):
-    """--loop steps on random images and on a folder's, by workers, and reads alone."""
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
-    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    rows = benched("--data", tmp_path, "--image-size", 16, "--loop", "--workers", 1)["rows"]
-    assert [row["work"] for row in rows] == ["step, random", "step, stored", "reading alone", "product, off"]
-    assert (rows[2]["share"], rows[2]["images"]) == (0, 2)
-
-
 REFUSALS["bench.py"] += [(f"--model uvit_s2 {flags}", message) for flags, message in [
     ("--data photos", "--data photos: choose from cifar10, "), ("--papers --loop", "--loop stands alone"),
     ("--papers --compare a a", "--a: neither a flag (see --help) nor"), ("", "give --model and --data, or --papers"),
     ("--data cifar10 --measure speed", "choose from forward, step"), ("--papers --evaluations 0", "--evaluations 0: m"),
+    ("--data shapes --model fcmae_mini", "--model fcmae_mini: bench.py measures diffusion networks"),
     ("--papers --batch-size 0", "--batch-size 0: must"), ("--data cifar10 --cfg 2", "--cfg 2.0: uvit_s2 learns no nu")]]
 
 
@@ -2073,14 +2084,8 @@ def blocks(language):
 
 
 EXAMPLES = [block for block in blocks("python") if "import " in block[1] or "# continues" in block[1]]
-
-
-class FewImages(list):
-    """In place of torchvision's CIFAR10, which would be downloaded: one image of each class."""
-    classes = data.CIFAR10_CLASSES
-
-    def __init__(self, *arguments, **options):
-        super().__init__((Image.new("RGB", (32, 32)), label) for label in range(10))
+STARTS = [i for i, (_, code, _) in enumerate(EXAMPLES) if "# continues" not in code]
+STORIES = [EXAMPLES[start:end] for start, end in itertools.pairwise([*STARTS, len(EXAMPLES)])]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -2117,15 +2122,15 @@ def test_commands_are_understood(tmp_path, monkeypatch):
         for name in PARSERS.keys() & set(words):
             PARSERS[name](words[words.index(name) + 1:])
             understood[name] += 1
-    assert understood.keys() == PARSERS.keys() and understood["train.py"] > 20, understood
+    assert understood.keys() == PARSERS.keys()
+    assert understood["train.py"] > 20
 
 
 def test_flags_in_the_text_are_known(capsys):
     """Every --flag that a sentence names is one of the scripts', or of the script that is named with it."""
     known = {}
     for name, parse in PARSERS.items():
-        with pytest.raises(SystemExit):
-            parse(["--help"])
+        refuses("0", parse, ["--help"], error=SystemExit)
         known[name] = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
     for code in re.findall(r"`([^`]+)`", "".join(PROSE.values())):
         scripts = [name for name in PARSERS if name in code] or PARSERS
@@ -2133,23 +2138,33 @@ def test_flags_in_the_text_are_known(capsys):
         assert set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]+(?!\w)", code)) <= options, code
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)), ids=[name for name, _, _ in EXAMPLES])
-def test_examples_run(number, run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("story", STORIES, ids=[story[0][0] for story in STORIES])
+def test_examples_run(story, run, tmp_path, monkeypatch, capsys):
     """Every example runs, and prints what the page shows. Where it reads runs, they are the smallest finished run."""
-    _, code, output = EXAMPLES[number]
-    if needs := re.search(r"# needs (matplotlib|efficientnet_lite_pytorch)", code):
+    if needs := re.search(r"# needs (matplotlib|efficientnet_lite_pytorch)", story[0][1]):
         pytest.importorskip(needs[1])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", FewImages)
+    few = mock.MagicMock(classes=data.CIFAR10_CLASSES)      # in place of 50,000 images that would be downloaded
+    few.__iter__.return_value = [(Image.new("RGB", (32, 32)), label) for label in range(10)]
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda *arguments, **options: few)
     Path("pictures").mkdir()
-    for folder in re.findall(r"runs/[\w/-]+?(?=/\w+\.|\")", code):
-        Path(folder).parent.mkdir(parents=True, exist_ok=True)
-        Path(folder).symlink_to(run)
     namespace = {}
-    exec(EXAMPLES[number - 1][1] if "# continues" in code else "", namespace)
-    capsys.readouterr()
-    exec(code, namespace)
-    assert output in ("", capsys.readouterr().out)
+    for _, code, output in story:
+        for folder in re.findall(r"runs/[\w/-]+?(?=/\w+\.|\")", code):
+            Path(folder).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder).symlink_to(run)
+        capsys.readouterr()
+        exec(code, namespace)
+        assert output in ("", capsys.readouterr().out)
+
+
+def test_notebook_is_the_tutorial():
+    """tutorial.ipynb is what .ci/notebook.py makes of TUTORIAL.md: each example and each command is a cell of code."""
+    page, made = PAGES["TUTORIAL.md"], (HERE / "tutorial.ipynb").read_text()
+    assert made == runpy.run_path(str(HERE / ".ci" / "notebook.py"))["notebook"](page), "run python .ci/notebook.py"
+    cells = ["".join(cell["source"]) for cell in json.loads(made)["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) == 1 + page.count("```sh") + sum(name.startswith("TUTORIAL") for name, _, _ in EXAMPLES)
+    assert re.match("%run train.py .*[^ ]$", cells[2]) and cells[-1].endswith('Image("runs/film.gif")')
 
 
 def test_every_command_says_what_is_wrong(run, tmp_path, monkeypatch):
