@@ -23,7 +23,7 @@ import recipes
 class Diffusion:
     """Learn to tell images from noise, by a schedule of diffusion.py; some labels are hidden. Shows samples.
 
-    null stands for a hidden label or text (see `settle`).
+    null stands for a hidden label or text (see train.py's `settle`).
     """
 
     def __init__(self, config, dataset, model, null):
@@ -65,7 +65,8 @@ def preview(config, pixels):
         return config.sampler, config.sample_steps, config.clip_x0
     if config.schedule in ("flow", "gvp"):
         return "heun", 25, config.clip_x0
-    return ("ddpm", 100, True) if pixels else ("dpm_solver", 50, config.clip_x0)
+    own = recipes.OWN       # for own images: shows an early network's colours
+    return (own["sampler"], own["sample_steps"], own["clip_x0"]) if pixels else ("dpm_solver", 50, config.clip_x0)
 
 
 class Autoencoding:

@@ -7,8 +7,8 @@
     python train.py --model convnextv2_mini --data cifar10 --init runs/fcmae_mini-cifar10/checkpoint.pt
 
 The first took 91 s on two CPU cores; then 100 of 100 samples showed the class asked for (.ci/endure.py repeats it).
-Every default is the recipe for that model and data (RECIPES): the paper's, where the paper has that data. What is used
-is printed and saved. A run writes --out (default runs/<model>-<data>/): config.json, log.jsonl and its picture log.png,
+Every default is the recipe for that model and data (in recipes.py): the paper's, where the paper has that data. It is
+printed and saved. A run writes --out (default runs/<model>-<data>/): config.json, log.jsonl and its picture log.png,
 samples/<step>.png, checkpoint.pt and the one before it, previous.pt. Started again with the same command, it continues
 where it was.
 
