@@ -1644,8 +1644,8 @@ def test_labels_are_numbers_or_names():
 
 def test_latents_train_and_sample(tmp_path, autoencoder, capsys):
     """A U-ViT learns latents by captions, and draws texts; without labels or autoencoder, it trains without grids."""
-    flags = ("--schedule sd --model-args patch_size=2 --sample-steps 2 --workers 0 --sample-every 6 --label-dropout 0.4 "
-             "--data").split()
+    flags = ("--schedule sd --model-args patch_size=2 --sample-steps 2 --workers 0 --sample-every 6 "
+             "--label-dropout 0.4 --data").split()
     state, _ = trained(tmp_path, *flags, write_latents(tmp_path / "latents", count=20, text=(5, 16)))
     assert torch.equal(state["null"], data.load(tmp_path / "latents").null)
     assert Image.open(tmp_path / "samples" / "0000006.png").size == (8 * 66 + 2, 8 * 66 + 2)    # a row for each caption
