@@ -32,6 +32,7 @@ from typing import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import bookkeeping
 import data
 import diffusion
 import recipes
@@ -126,7 +127,7 @@ def configure(args):
     if "schedule" not in recipe:
         raise ValueError(f"--model {args.model}: bench.py measures diffusion networks alone")
     config = argparse.Namespace(**vars(args) | recipe | given, accumulate=1)
-    data.check(vars(config))
+    bookkeeping.check(vars(config))
     if config.loop:
         config.dataset = data.load(config.data, config.data_dir, config.image_size)
     else:
@@ -379,7 +380,7 @@ def line(row):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    here = train.Processes(args.device)         # on a GPU: TF32 where float32 remains
+    here = bookkeeping.Processes(args.device)         # on a GPU: TF32 where float32 remains
     cuda = here.device.type == "cuda"
     report = dict(device=torch.cuda.get_device_name(here.device) if cuda else "cpu",
                   cpu_threads=torch.get_num_threads(), torch=torch.__version__, results=[])
@@ -401,4 +402,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.command("bench.py", main, "interrupted")
+    bookkeeping.command("bench.py", main, "interrupted")

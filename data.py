@@ -11,16 +11,12 @@ each comes with, are functions of the seed and the position in the stream of epo
 resumed, or split over processes, exactly.
 """
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import math
 import os
 import signal
-import socket
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -579,106 +575,3 @@ def say(line):
 def one_line(error, most=200):
     """The text of an error that others raised, without line breaks, and cut after `most` characters."""
     return " ".join(str(error).split())[:most]
-
-
-BOUNDS = [      # of the numbers on the command lines: smallest, largest, in words, flags
-    (1, math.inf, "at least 1", "steps sample_steps accumulate log_every save_every num_images cfg_channels k repeats"),
-    (1, 2**20, "1 to 1048576", "batch_size"),
-    (1, 2**14, "1 to 16384", "image_size size"),
-    (0, math.inf, "at least 0",
-     "lr min_lr warmup weight_decay clip_grad sample_every grad_checkpoint mixup cutmix labels_per_class"),
-    (0, 10, "0 to 10", "rand_augment"),
-    (0, 1, "0 to 1", "erasing smoothing"),
-    (math.nextafter(0, 1), 1, "more than 0, at most 1", "crop layer_decay"),
-    (0, math.nextafter(1, 0), "at least 0 and less than 1", "drop_path"),
-    (0, 1024, "0 to 1024", "workers"),
-    (0, 1, "0 to 1", "label_dropout cfg_interval time"),
-    (0, math.nextafter(1, 0), "at least 0 and less than 1", "ema betas"),
-    (math.nextafter(0, 1), math.inf, "more than 0", "scale noise_scale"),
-    (0, 2**63 - 1, "0 to 2**63 - 1", "seed"),
-]
-
-
-def check(values):
-    """Raise ValueError where a number of {flag: value} is not finite or out of BOUNDS. Every command calls this.
-
-    Each number of a list is checked. None and text pass: what a text means is for its reader to check.
-    """
-    bounds = {flag: row for *row, flags in BOUNDS for flag in flags.split()}
-    for flag, value in values.items():
-        low, high, words = bounds.get(flag, (-math.inf, math.inf, "finite"))
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(number, (int, float)) and not (low <= number <= high and abs(number) < math.inf):
-                raise ValueError(f"--{flag.replace('_', '-')} {number}: must be "
-                                 f"{words if abs(number) < math.inf else 'finite'}")
-
-
-@contextlib.contextmanager
-def lock(path):
-    """Hold `path`, a folder or a file that this process (rank 0 of a command) writes, until the block ends.
-
-    The lock is the kernel's (flock), on a hidden file: .lock in a folder, .<name>.lock beside a file. It ends with the
-    process, however that dies. Raises ValueError, which names the holder, where another process has it. A network file
-    system may hold such a lock for one machine only. One without locks gets a warning.
-    """
-    path = Path(path)
-    name = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
-    with writing(path):
-        name.parent.mkdir(parents=True, exist_ok=True)
-        file = open(name, "a+")
-    os.register_at_fork(after_in_child=file.close)      # a worker that outlives this process must not hold the lock
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
-                raise BlockingIOError       # since we opened it, its holder removed it, and another made a new one
-        except (BlockingIOError, FileNotFoundError):
-            file.seek(0)
-            raise ValueError(f"{path}: {one_line(file.read(), 400) or 'another process'} writes there; wait until it "
-                             "ends, stop it, or give another --out") from None
-        except OSError as error:
-            say(f"{path}: this file system has no locks ({error}); start no second command there")
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:200]}, since {time.ctime()})",
-              file=file, flush=True)
-        try:
-            yield
-        finally:
-            name.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Turn an error of the block, a full disk or a read-only folder, into one line that says what to do."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):     # torch's own, raised while it handled the system's
-            error = error.__context__ or error
-        room = "" if getattr(error, "errno", 0) in (errno.EACCES, errno.EPERM, errno.EROFS) else "make room or "
-        raise OSError(f"{path}: could not be written ({error}); {room}give another --out") from None
-
-
-def command(script, main, interrupted):
-    """Run a script's main(). What a user can mend ends it with one line, "script: what is wrong", not a stack trace.
-
-    interrupted   what to say after ctrl-C, SIGTERM or SIGHUP (a closed terminal)
-    A reader that has read enough (`| head -1`) ends it quietly.
-    """
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]     # as nohup does
-    handlers = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # else Python complains as it ends
-        sys.exit(1)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f"{script}: {one_line(error, None) or 'out of memory'}")
-    except KeyboardInterrupt:
-        sys.exit(f"{script}: {interrupted}")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import bookkeeping
 import data
 from data import Images, list_images, one_line, read_image, read_square, to_uint8
 
@@ -153,7 +154,7 @@ def place(device):
 def whole(path):
     """A file to write to. It gets the name `path` when the block ends, so a file of that name is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with data.writing(path):
+    with bookkeeping.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -205,7 +206,7 @@ def encode(args):
                    width) or null, class_names, tables (the shapes of moments and text), and files, a checksum of the
                    images' names and sizes and of the captions
     """
-    data.check(vars(args))
+    bookkeeping.check(vars(args))
     rank, world, device = place(args.device)
     size = args.image_size
     labels, names, captions = None, (), ()
@@ -246,9 +247,9 @@ def encode(args):
         for first, end in spans:
             yield text(captions[first:end]).to(dtype)
 
-    with data.writing(out):
+    with bookkeeping.writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    with data.lock(out) if rank == 0 else contextlib.nullcontext():
+    with bookkeeping.lock(out) if rank == 0 else contextlib.nullcontext():
         begin(out, encoding, arrays)
         write_missing(out, "moments", encoding, moments_rows, rank, world)
         if captions:
@@ -278,4 +279,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.command("encode.py", main, "stopped; the same command continues")
+    bookkeeping.command("encode.py", main, "stopped; the same command continues")

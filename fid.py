@@ -41,10 +41,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+import bookkeeping
 import data
-import sample
 import recipes
-import train
+import sample
 
 RELEASED = "6726825d"       # the first digits of the SHA-256 of Inception's released weights
 VECTORS = 10_000            # reference images for precision and recall, as many as in guided-diffusion's files
@@ -394,7 +394,7 @@ def parse(argv=None):
     add("--json", action="store_true", help="print one line of JSON")
     sample.add_flags(p)
     args = p.parse_args(argv)
-    data.check(vars(args))
+    bookkeeping.check(vars(args))
     if bool(args.samples) == bool(args.ckpt or args.weights):
         raise ValueError(f"give either {kinds}; or --ckpt or --weights, to sample from")
     if not args.samples:
@@ -411,7 +411,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    here = train.Processes(args.device)
+    here = bookkeeping.Processes(args.device)
     torch.backends.cudnn.allow_tf32 = False         # features in full float32 on every machine
     torch.set_float32_matmul_precision("highest")
     # The samples come first: the reference may have to be downloaded.
@@ -435,7 +435,7 @@ def main(argv=None):
         real = {**real, "pool3": found.get("pool3")} if real else found
         if args.save_ref and here.rank == 0:
             part = Path(args.save_ref).with_suffix(f".{os.getpid()}.npz")
-            with data.writing(args.save_ref):
+            with bookkeeping.writing(args.save_ref):
                 np.savez(part, **real, **made, **reference)
                 os.replace(part, args.save_ref)
     if batches:
@@ -499,4 +499,4 @@ def report(numbers, how, as_json):
 
 
 if __name__ == "__main__":
-    data.command("fid.py", main, "interrupted")
+    bookkeeping.command("fid.py", main, "interrupted")

@@ -28,11 +28,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import bookkeeping
 import data
 import diffusion
 import encode
 import recipes
-import train
 
 DESCRIBED = "model data image_size schedule predict compare model_args".split()     # flags: what a file of weights is
 EXPORTED = "config model_args shape class_names encoding step which".split()        # what --export writes besides
@@ -101,7 +101,7 @@ def check_flags(args):
         for flag, value in known.items():
             if getattr(args, flag) is None:
                 setattr(args, flag, value)
-    data.check(vars(args))
+    bookkeeping.check(vars(args))
     args.amp = args.amp or ("bf16" if args.device == "cuda" else "off")
 
 
@@ -227,7 +227,7 @@ def read(args):
 
 def from_checkpoint(path, raw=False, ema=None):
     """A checkpoint of train.py -> the dict of `read`. ema is the decay of one of several averages."""
-    state = train.read_checkpoint(path)
+    state = bookkeeping.read_checkpoint(path)
     if raw:
         return dict(state, weights=state["model"], which="raw")
     first, *_ = np.ravel(state["config"].get("ema", recipes.COMMON["ema"])).tolist()      # older runs have one average
@@ -435,7 +435,7 @@ def write(args, source, y, num, rows, here):
         for number, w in enumerate(weights):
             for indices, images in sampled(source, y, num, args.batch_size, here, args.amp == "bf16", w=w):
                 images = images.permute(0, 2, 3, 1).numpy()
-                with data.writing(out):
+                with bookkeeping.writing(out):
                     if form == "folder":
                         for i, image in zip(indices, images):
                             Image.fromarray(image).save(out / f"{i:06d}.png")
@@ -446,7 +446,7 @@ def write(args, source, y, num, rows, here):
         here.highest()
         if here.rank == 0 and form != "folder":
             images = np.memmap(part, np.uint8, "r", shape=shape)
-            with data.writing(out):
+            with bookkeeping.writing(out):
                 if form == ".npz":
                     labels = dict(arr_1=y.numpy()[np.arange(num) % len(y)]) if source.num_classes else {}
                     np.savez(result, arr_0=images, **labels)
@@ -463,7 +463,7 @@ def write(args, source, y, num, rows, here):
 
 def main(argv=None):
     args = parse(argv)
-    here = train.Processes(args.device)
+    here = bookkeeping.Processes(args.device)
     if args.export:
         if here.rank == 0:
             export(args)
@@ -475,9 +475,9 @@ def main(argv=None):
     rows = len(args.sweep or (() if y is None else y))
     num = args.num_images or (8 if args.sweep else 8 * rows if rows and (asked or args.form == ".png") else 64)
     if args.form == "folder":
-        with data.writing(args.out):
+        with bookkeeping.writing(args.out):
             args.out.mkdir(parents=True, exist_ok=True)
-    with data.lock(args.out) if here.rank == 0 else contextlib.nullcontext():
+    with bookkeeping.lock(args.out) if here.rank == 0 else contextlib.nullcontext():
         check_out(args.out, args.form)          # again: another run may have ended there since
         count = write(args, source, y, num, rows, here)
     if here.rank == 0:
@@ -490,4 +490,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.command("sample.py", main, "interrupted")
+    bookkeeping.command("sample.py", main, "interrupted")

@@ -23,22 +23,17 @@ import copy
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
-import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from tqdm import tqdm
 
+import bookkeeping
 import convnext
 import data
 import diffusion
@@ -134,7 +129,7 @@ def parse(argv=None):
             if flag in SHARES and short and value > (most := max(1, config.steps // SHARES[flag])):
                 scaled.append(f"--{flag.replace('_', '-')} {value} -> {most}")
                 setattr(config, flag, most)
-    data.check(vars(config))
+    bookkeeping.check(vars(config))
     if "schedule" in row:
         recipes.schedule_of(vars(config))       # refuses what does not fit together
     if scaled and os.environ.get("RANK", "0") == "0":
@@ -145,244 +140,6 @@ def parse(argv=None):
         config.amp = "off" if config.device == "cpu" else "bf16" if bf16 else "fp16"
     config.out = config.out or f"runs/{config.model}-{Path(config.data).resolve().name}"
     return config
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From the configuration to what is trained
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes, checkpoints, logs
-
-
-class Processes:
-    """Where this process stands: rank and world size (0 of 1 without torchrun), its device, and the last signal."""
-
-    def __init__(self, device):
-        self.distributed = "RANK" in os.environ
-        if self.distributed and not {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise ValueError("RANK is set without WORLD_SIZE, MASTER_ADDR, MASTER_PORT: use torchrun, or unset RANK")
-        self.rank, self.world = (int(os.environ[v]) for v in ("RANK", "WORLD_SIZE")) if self.distributed else (0, 1)
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cpu")
-        if device == "cuda":
-            if self.local >= torch.cuda.device_count():
-                raise ValueError(f"process {self.local} of this machine has no GPU: {torch.cuda.device_count()} found; "
-                                 "start fewer processes, or use --device cpu")
-            self.device = torch.device("cuda", self.local)
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")      # TF32 where float32 remains
-        if self.distributed:        # two hours: the others wait while one lists or downloads the data
-            gpu = dict(backend="cpu:gloo,cuda:nccl", device_id=self.device) if device == "cuda" else {}
-            dist.init_process_group(**{"backend": "gloo", **gpu}, timeout=timedelta(hours=2))
-        self.signal = 0
-
-    @contextlib.contextmanager
-    def catching_signals(self):
-        """SIGTERM, SIGHUP and ctrl-C only set a flag, so that a step can end; ctrl-C twice still ends at once."""
-        def remember(number, frame):
-            if self.signal == number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = number
-        found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-        try:
-            for number, handler in found.items():
-                if handler != signal.SIG_IGN:       # nohup ignores SIGHUP
-                    signal.signal(number, remember)
-            yield
-        finally:
-            for number, handler in found.items():
-                signal.signal(number, handler)
-
-    def highest(self, number=0):
-        """The highest of all processes' numbers, the same on each. All wait here for the last (but not for a GPU)."""
-        highest = torch.tensor(number)          # on the CPU, over gloo
-        if self.distributed:
-            dist.all_reduce(highest, dist.ReduceOp.MAX)
-        return int(highest)
-
-    @contextlib.contextmanager
-    def first(self):
-        """Let one process of each machine through ahead of the others, to download what all need."""
-        if self.local:
-            self.highest()
-        yield
-        if not self.local:
-            self.highest()
-
-    def close(self):
-        self.highest()      # nobody leaves while another still writes: torchrun would end it
-        if self.distributed:
-            dist.destroy_process_group()
-
-
-def write_checkpoint(state, path):
-    """Write to a temporary file, then rename: at every moment a whole checkpoint.pt or previous.pt exists."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with data.writing(path), open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{error}{'; the checkpoint before it is whole' if path.exists() else ''}") from None
-    if path.exists():
-        os.replace(path, path.with_name("previous.pt"))
-    os.replace(temporary, path)
-
-
-class Damaged(ValueError):
-    """A checkpoint that is torn or altered."""
-
-
-def read_checkpoint(path):
-    """A checkpoint of train.py, after its checksums were verified. Its tensors are the file's pages, on the CPU.
-
-    Raises FileNotFoundError, Damaged where it is torn or altered, ValueError where it is not a checkpoint of train.py.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (MemoryError, OSError):      # the machine's fault, not the file's
-        raise
-    except Exception as error:      # whatever zipfile, pickle and torch make of arbitrary bytes
-        raise Damaged(f"{path}: damaged, or not a checkpoint ({data.one_line(error) or repr(error)})") from None
-    parts = state if isinstance(state, dict) else {}
-    for part, keys in [(parts, "model ema step config model_args shape class_names encoding null"),
-                       (parts.get("config"), "model data schedule sampler sample_steps cfg clip_x0"),
-                       (parts.get("model_args"), "image_size in_channels")]:
-        if not isinstance(part, dict) or not set(keys.split()) <= part.keys():
-            raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it; give a file of "
-                             "weights alone to sample.py --weights")
-    return state
-
-
-def resume(out, config, arguments, identity, lead):
-    """The state to continue from, or None in a new folder. A damaged checkpoint is named, put aside, and not used.
-
-    What changed since, in the configuration and the data (see Images.identity), is printed. Raises ValueError where the
-    folder holds a run of another model, schedule or classes, or damaged checkpoints alone.
-    """
-    damaged = list(out.glob("*.damaged"))
-    for path in (out / "checkpoint.pt", out / "previous.pt"):
-        try:
-            state = read_checkpoint(path)
-            break
-        except FileNotFoundError:
-            pass
-        except Damaged as error:
-            damaged.append(path.with_suffix(".damaged"))
-            if lead:
-                print(f"{error}; kept as {damaged[-1].name}, trying the one before it", file=sys.stderr)
-                os.replace(path, damaged[-1])
-    else:
-        if damaged:
-            raise ValueError(f"{out}: no checkpoint can be read; remove it to start anew, or give another --out")
-        return None
-    before = {**recipes.COMMON, **state["config"], **state["model_args"], "class_names": state["class_names"]}
-    now = {**vars(config), **arguments, "class_names": identity["class_names"]}
-    for key in ("model", "schedule", "predict", "noise_scale", "class_names", "layer_decay", "layer_groups", "freeze",
-                *state["model_args"], *arguments):
-        if before.get(key) != now.get(key):
-            raise ValueError(f"{path} is of another run: its {key} is {before.get(key)}, here {now.get(key)}; "
-                             f"give another --out, or remove {out}")
-    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in vars(config) if now[key] != before.get(key)]
-    if (old := state.get("identity", identity)) != identity:
-        changed.append(f"the data: {old['count']} images -> {identity['count']}, not all the same")
-    if changed and lead:
-        print(f"changed since step {state['step']}: {', '.join(changed)}")
-    return state
-
-
-class Log:
-    """What a run reports: a progress bar, lines of JSON in log.jsonl, and TensorBoard's file if that is installed.
-
-    Losses of good steps, and how many were bad, stay on the device between reports, since reading waits for it.
-    """
-
-    def __init__(self, out, config, here, step, skipped):
-        self.path, self.config, self.here, self.step, self.skipped = out / "log.jsonl", config, here, step, skipped
-        self.loss, self.bad, self.bad_in_a_row = torch.zeros(3, device=here.device)
-        self.bar = tqdm(total=config.steps, initial=step, unit="step", disable=here.rank > 0,
-                        mininterval=1 if sys.stderr.isatty() else 30)
-        self.clock, self.board = time.perf_counter(), None
-        if here.rank > 0:
-            return
-        if self.path.exists() and not step:
-            os.replace(self.path, out / "log.old.jsonl")
-        elif self.path.exists():        # reports of steps that will be taken again go, and lines that are none
-            lines = self.path.read_text(errors="replace").splitlines()
-            (out / "log.tmp").write_text("".join(line + "\n" for line in lines if 0 < step_of(line) <= step))
-            os.replace(out / "log.tmp", self.path)
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(out, purge_step=step + 1)
-
-    def add(self, loss, bad):
-        """Count one more step: its loss, and 1 where it was bad."""
-        self.loss = self.loss + torch.where(bad > 0, 0, loss)
-        self.bad, self.bad_in_a_row = self.bad + bad, (self.bad_in_a_row + bad) * bad
-        self.bar.update()
-
-    def report(self, step, lr, grad_norm):
-        """Report the mean loss of the good steps since the last report. Raises ValueError after ten bad ones."""
-        if self.here.distributed:
-            dist.all_reduce(self.loss)
-        steps, bad, device = step - self.step, int(self.bad), self.here.device
-        loss = self.loss.item() / self.here.world / (steps - bad) if steps > bad else math.nan
-        rate = self.config.batch_size * steps / (time.perf_counter() - self.clock)
-        self.step, self.skipped = step, self.skipped + bad
-        values = dict(loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_sec=rate, memory_gb=memory_gb(device),
-                      skipped=self.skipped)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-        if self.here.rank == 0:
-            self.write(step, values)
-        if self.bad_in_a_row >= 10:
-            folder = self.path.parent
-            kept = f"; {folder} holds the checkpoint before" if (folder / "checkpoint.pt").exists() else ""
-            raise ValueError(f"step {step}: the gradient was not finite ten times in a row (learning rate {lr:.1e}); "
-                             f"try a lower --lr, --clip-grad 1, or --amp off{kept}")
-        self.loss, self.bad = torch.zeros(2, device=self.here.device)
-
-    def write(self, step, values):
-        """A line of log.jsonl for {name: number}, and the same in TensorBoard's file."""
-        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}      # JSON has no NaN
-        with data.writing(self.path), open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
-
-    def show(self, step, images, rows, values):
-        """A picture of uint8 images in rows (see `data.save_grid`), samples/<step>.png, and a line for its values."""
-        path = self.path.parent / "samples" / f"{step:07d}.png"
-        with data.writing(path):
-            path.parent.mkdir(exist_ok=True)
-            data.save_grid(images, path, rows)
-        if values:
-            self.write(step, values)
-            self.bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-
-
-def step_of(line):
-    """The step that a line of log.jsonl reports; 0 where it is no report: torn by a crash, or edited."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return 0
-
-
-def memory_gb(device):
-    """Most memory used so far, in GB: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,49 +313,6 @@ class Learner:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def draw_log(log, path):
-    """A picture of log.jsonl: each number over the steps, those of losses and norms on a log scale."""
-    curves = {}
-    for row in map(json.loads, filter(step_of, log.read_text().splitlines())):
-        for name, value in row.items():
-            if name not in ("step", "memory_gb", "skipped") and isinstance(value, (int, float)):
-                curves.setdefault(name, []).append((row["step"], value))
-    width, height, last = 350, 150, row["step"]
-    picture = Image.new("RGB", (2 * width + 140, (height + 60) * math.ceil(len(curves) / 2)), "white")
-    pen = ImageDraw.Draw(picture)
-    for i, (name, points) in enumerate(curves.items()):
-        left, bottom = 55 + i % 2 * (width + 70), height + 30 + i // 2 * (height + 60)
-        low, high = min(value for _, value in points), max(value for _, value in points)
-        logarithmic = low > 0 and name.endswith(("loss", "norm"))
-        low, scale = (low, math.log) if logarithmic else (min(low, 0), float)
-        span = scale(high) - scale(low) or 1
-
-        def place(step, value):
-            return left + step / last * width, bottom - (scale(value) - scale(low)) / span * height
-
-        marks = [k * 10.0**e for e in range(-40, 40) for k in ((1, 2, 5) if span < 6 else (1,))]
-        marks = [mark for mark in marks if low <= mark <= high] if logarithmic else []
-        for mark in marks[::len(marks) // 10 + 1] if len(marks) > 1 else round_numbers(low, high):
-            y = place(0, mark)[1]
-            pen.line([(left, y), (left + width, y)], "lightgray")
-            pen.text((left - 5, y), f"{mark:g}", "black", anchor="rm", font_size=11)
-        for mark in round_numbers(0, last):
-            pen.text((place(mark, high)[0], bottom + 5), f"{mark:g}", "black", anchor="mt", font_size=11)
-        title = f"{name} {points[-1][1]:.4g} at step {points[-1][0]}{', on a log scale' * logarithmic}"
-        pen.text((left, bottom - height - 8), title, "black", anchor="lb", font_size=13)
-        pen.line([(left, bottom - height), (left, bottom), (left + width, bottom)], "black")
-        pen.line([place(*point) for point in points], "royalblue", 2)
-    with data.writing(path):
-        picture.save(path.with_suffix(".tmp"), "PNG")
-        os.replace(path.with_suffix(".tmp"), path)
-
-
-def round_numbers(low, high):
-    """Up to five round numbers from low to high, at equal distances: 0, 2000, 4000 for 0 and 5000."""
-    step = next(k * 10.0**e for e in range(-40, 40) for k in (1, 2, 5) if high - low < 5 * k * 10.0**e)
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run, from the command line to the last step
 
@@ -629,7 +343,7 @@ def settle(config, dataset, here):
 
 def main(argv=None):
     config = parse(argv)
-    here = Processes(config.device)
+    here = bookkeeping.Processes(config.device)
     lead, out = here.rank == 0, Path(config.out)
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # read when the first matrix is multiplied
@@ -646,11 +360,11 @@ def main(argv=None):
     objective = objectives.of(recipes.family(config.model))(config, dataset, model, null)
     learner = Learner(model, objective, config, here)
 
-    with data.writing(out):
+    with bookkeeping.writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    with data.lock(out) if lead else contextlib.nullcontext(), here.catching_signals():
+    with bookkeeping.lock(out) if lead else contextlib.nullcontext(), here.catching_signals():
         step = skipped = stop = 0
-        if state := resume(out, config, arguments, identity, lead):
+        if state := bookkeeping.resume(out, config, arguments, identity, recipes.COMMON, lead):
             try:
                 learner.load(state)
                 step, skipped = state["step"], state["skipped"]
@@ -670,7 +384,7 @@ def main(argv=None):
             return here.close()
         show = None
         if lead:
-            with data.writing(out):
+            with bookkeeping.writing(out):
                 (out / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
             print("\n".join(f"{key:>16} {value}" for key, value in vars(config).items() if value is not None))
             print(f"{config.model}({', '.join(f'{key}={value}' for key, value in arguments.items())}): "
@@ -685,7 +399,7 @@ def main(argv=None):
         about = dict(config=vars(config), model_args=arguments, shape=list(dataset.shape), identity=identity,
                      class_names=list(dataset.class_names), encoding=dataset.encoding, null=null)
         passes = passes_of(dataset, objective, config, here, step)
-        log, average = Log(out, config, here, step, skipped), next(iter(learner.averages.values()))
+        log, average = bookkeeping.Log(out, config, here, step, skipped), next(iter(learner.averages.values()))
 
         while step < config.steps and not stop:
             loss, grad_norm, bad = learner.step(step, passes(step))
@@ -698,11 +412,12 @@ def main(argv=None):
             if step % config.log_every == 0 or saves or samples:
                 log.report(step, learning_rate(config, step - 1), grad_norm)
             if saves and lead:
-                write_checkpoint(dict(about, **learner.state(), step=step, skipped=log.skipped), out / "checkpoint.pt")
+                bookkeeping.write_checkpoint(dict(about, **learner.state(), step=step, skipped=log.skipped),
+                                             out / "checkpoint.pt")
             if samples and show:
                 log.show(step, *show(average))
             if lead and (samples or saves):
-                draw_log(out / "log.jsonl", out / "log.png")
+                bookkeeping.draw_log(out / "log.jsonl", out / "log.png")
             if log.step == step:
                 log.clock = time.perf_counter()     # the time of saving and sampling is not the training's
         log.bar.close()
@@ -715,4 +430,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.command("train.py", main, "interrupted; the same command continues after the last checkpoint")
+    bookkeeping.command("train.py", main, "interrupted; the same command continues after the last checkpoint")

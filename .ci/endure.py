@@ -30,6 +30,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench                                                                            # noqa: E402
+import bookkeeping                                                                      # noqa: E402
 import data                                                                             # noqa: E402
 import diffusion                                                                        # noqa: E402
 import dit                                                                              # noqa: E402
@@ -183,7 +184,7 @@ def test_stopped_sampling_leaves_no_file(run, tmp_path, number, processes):     
 def test_lock_dies_with_its_process(tmp_path):
     """A second process is told who holds a folder; a killed holder leaves it free, even while its workers live on."""
     def hold(ready):
-        with data.lock(tmp_path):
+        with bookkeeping.lock(tmp_path):
             if os.fork() == 0:
                 ready.set()
             time.sleep(3)
@@ -194,10 +195,10 @@ def test_lock_dies_with_its_process(tmp_path):
     holder.start()
     ready.wait()
     with pytest.raises(ValueError, match=rf"^{tmp_path}: process {holder.pid} on .* since .* writes there; wait until"):
-        data.lock(tmp_path).__enter__()
+        bookkeeping.lock(tmp_path).__enter__()
     holder.kill()
     holder.join()
-    with data.lock(tmp_path):
+    with bookkeeping.lock(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
     assert os.listdir(tmp_path) == []
 
@@ -226,7 +227,7 @@ def test_two_commands_do_not_share_a_folder(tmp_path):
     assert "writes there; wait until it ends" in second.stderr
     first.terminate()
     assert "stopped by SIGTERM after step" in first.communicate(timeout=60)[1]
-    steps = train.read_checkpoint(tmp_path / "checkpoint.pt")["step"]
+    steps = bookkeeping.read_checkpoint(tmp_path / "checkpoint.pt")["step"]
     assert logged(tmp_path, "step") == list(range(1, steps + 1))
 
 
@@ -300,8 +301,8 @@ def test_damaged_checkpoints(run, tmp_path, capsys):                            
     with zipfile.ZipFile(run / "checkpoint.pt") as whole, zipfile.ZipFile(tmp_path / "checkpoint.pt", "w") as empty:
         for name in whole.namelist():       # checksums are right, but the pickle is empty: an error without text
             empty.writestr(name, b"" if name.endswith("data.pkl") else whole.read(name))
-    refuses(r"damaged, or not a checkpoint \(\w", train.read_checkpoint, tmp_path / "checkpoint.pt",
-            error=train.Damaged)
+    refuses(r"damaged, or not a checkpoint \(\w", bookkeeping.read_checkpoint, tmp_path / "checkpoint.pt",
+            error=bookkeeping.Damaged)
     for _ in range(2):
         refuses("no checkpoint can be read", trained, tmp_path)
     assert (out / "checkpoint.damaged").exists()
@@ -339,7 +340,7 @@ def test_full_disk_keeps_the_checkpoint_before(run, tmp_path):                  
         error = command("train.py", *SMALL, "--steps", 9, "--out", folder)
         assert re.fullmatch(rf"train.py: {folder}/checkpoint.pt: could not be written .\[Errno .*{words}", error)
         assert not (folder / "checkpoint.tmp").is_symlink()
-    assert train.read_checkpoint(out / "checkpoint.pt")["step"] == 6
+    assert bookkeeping.read_checkpoint(out / "checkpoint.pt")["step"] == 6
 
 
 @pytest.mark.parametrize("place, name, effect, words", [
@@ -362,7 +363,7 @@ def test_two_runs_of_one_output_do_not_mix(run, tmp_path, monkeypatch):         
     def after_another_run(*args, **settings):
         monkeypatch.undo()
         assert re.match(rf"sample.py: {out}: process {os.getpid()} .* writes there", draw(run, out, "--num", 4))
-        monkeypatch.setattr(data, "lock", contextlib.nullcontext)
+        monkeypatch.setattr(bookkeeping, "lock", contextlib.nullcontext)
         assert draw(run, out, "--num", 4, "--seed", 1) is None
         return diffusion.generate(*args, **settings)
 
@@ -395,7 +396,7 @@ def test_processes_that_do_not_fit_are_refused(monkeypatch, world, words):
     refuses(f"--batch-size 8 does not divide by {world} processes; {words}",
             train.settle, train.parse(SMALL), data.shapes(), mock.Mock(world=world))
     monkeypatch.setenv("RANK", "0")
-    refuses("RANK is set without WORLD_SIZE", train.Processes, "cpu")
+    refuses("RANK is set without WORLD_SIZE", bookkeeping.Processes, "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,7 +537,7 @@ def test_sit_is_dit_fed_with_its_time():
 def test_every_family_trains_and_samples(tmp_path, capsys, flags, channels):
     """Each family learns, but not its frozen weights, and samples; it has a variance where the schedule trains one."""
     train.main(["--model", *flags.split(), *SMALL[2:4], *SMALL[10:], "--steps", "2", "--out", str(tmp_path)])
-    state = train.read_checkpoint(tmp_path / "checkpoint.pt")
+    state = bookkeeping.read_checkpoint(tmp_path / "checkpoint.pt")
     assert math.isfinite(log_of(tmp_path)[-1]["loss"])
     net, labels = recipes.build(state["config"]["model"], state["model_args"]), "--no-class-cond" not in flags
     y = torch.zeros(1, dtype=torch.long) if labels else None

@@ -37,6 +37,7 @@ import pytest                                                                   
 import torch                                                                                # noqa: E402
 
 import bench                                                                                # noqa: E402
+import bookkeeping                                                                          # noqa: E402
 import data                                                                                 # noqa: E402
 import recipes                                                                              # noqa: E402
 import train                                                                                # noqa: E402
@@ -199,7 +200,7 @@ def recipe(args, tell):
 def measured(tell, flags, **facts):
     """A row of bench.py's. Returns it, or None where memory does not suffice."""
     config = bench.configure(bench.parse([*flags.split(), "--device", DEVICE]))
-    row = next(bench.measure({"": config}, train.Processes(DEVICE)))
+    row = next(bench.measure({"": config}, bookkeeping.Processes(DEVICE)))
     if "error" in row:
         return tell({"what": flags, "error": row["error"]})
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
