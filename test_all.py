@@ -4,15 +4,13 @@
 
 Each test says in one line which property it holds. "As released" means: as the released code of the papers computed
 it, from weights and inputs that are functions of names and seeds (`fill`, `inputs`), so that a few numbers carried over
-here pin down a whole network or sampler. Kills, damaged files, several processes and all that is slow: .ci/endure.py.
+here pin down a whole network or sampler. What is slow or needs other packages: .ci/endure.py.
 """
 import argparse
 import collections
-import contextlib
 import copy
 import functools
 import hashlib
-import http.server
 import inspect
 import itertools
 import json
@@ -23,7 +21,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import threading
 import zlib
 from functools import partial
 from pathlib import Path
@@ -36,10 +33,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -934,31 +927,6 @@ def test_numbers_are_checked_by_one_table(flags, good, bad):
         refuses(f"^--{flag.replace('_', '-')} .*: must be ", bookkeeping.check, {flag: bad})
 
 
-def test_commands_end_with_one_line(monkeypatch):
-    """What a user can mend ends a command in one line, uncut; a closed pipe (`| head -1`) ends it without a word."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    for error, message, stdout in [
-            (ValueError("two\nlines " * 50), "x.py: two lines( two lines){49}", sys.stdout),
-            (MemoryError(), "x.py: out of memory", sys.stdout), (None, "1", open(writer, "w"))]:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        print("read by nobody")
-        refuses(f"^{message}$", bookkeeping.command, "x.py", mock.Mock(side_effect=error), "stopped", error=SystemExit)
-
-
-@pytest.mark.parametrize("renewed", [False, True])
-def test_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch, renewed):
-    """Where the holder removes the hidden file just before it is locked, the folder is refused, not held twice."""
-    def flock(*_):
-        (tmp_path / ".lock").rename(tmp_path / ".old")
-        (tmp_path / (".lock" if renewed else "x")).touch()
-
-    monkeypatch.setattr(bookkeeping.fcntl, "flock", flock)
-    with pytest.raises(ValueError, match="another process writes there"):
-        bookkeeping.lock(tmp_path).__enter__()
-    assert (tmp_path / ".lock").exists() == renewed
-
-
 DATA = " ".join(SMALL) + " --out run --data "
 REFUSALS["train.py"] += [
     (DATA + ".", "a: class folder without an image; remove it", lambda here: (here / "a").mkdir()),
@@ -994,122 +962,6 @@ def write_latents(root, count=6, classes=2, text=None):
         rows = torch.from_numpy(rng.standard_normal(size)).half()
         encode.write_missing(root, name, encoding, lambda spans: [rows], 0, 1)
     return root
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """Folders of a small autoencoder (images to half their size) and a small CLIP text model, weights at random."""
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    vae, clip = (tmp_path_factory.mktemp(name) for name in ("vae", "clip"))
-    diffusers.AutoencoderKL(block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=4,
-                            up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4).save_pretrained(vae)
-    words = ["<|startoftext|>", "<|endoftext|>", *(f"{digit}</w>" for digit in range(10))]
-    (clip / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (clip / "merges.txt").write_text("#version: 0.2\n")
-    config = transformers.CLIPTextConfig(vocab_size=len(words), hidden_size=16, intermediate_size=32,
-                                         num_hidden_layers=1, num_attention_heads=2)
-    transformers.CLIPTextModel(config).save_pretrained(clip)
-    return ["--autoencoder", str(vae), "--clip", str(clip), "--workers", "0", "--device", "cpu"]
-
-
-def write_coco(root, count):
-    """Images in class folders a and b, and 1 + i % 3 captions of image i, "j i", in COCO's format -> flags for both."""
-    names = [f"{name}/{i}.png" for name in "ab" for i in range(count // 2)]
-    images = [{"id": 7 * i, "file_name": name} for i, name in enumerate(names)]
-    captions = [{"image_id": 7 * i, "caption": f"{j} {i}"} for j in range(3) for i in range(count) if j <= i % 3]
-    (root / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
-    return ["--images", str(write_images(root / "images", *names)), "--image-size", "16", "--batch-size", "4",
-            "--out", str(root / "out")], ["--captions", str(root / "captions.json")]
-
-
-def contents(root):
-    """The content of each file below a folder, hidden ones left out."""
-    return {path.relative_to(root): path.read_bytes() for path in Path(root).rglob("[!.]*") if path.is_file()}
-
-
-def test_encoded_images_decode_as_the_autoencoder_itself_does(tmp_path, pretrained, monkeypatch):
-    """Two processes that never meet write what diffusers computes of image and mirror; a damaged file is renewed."""
-    import diffusers
-    flags = [*write_coco(tmp_path, 6)[0], *pretrained, *"--type float32 --scale 0.3 --image-size 80".split()]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    out, images = tmp_path / "out", data.load(tmp_path / "images", image_size=80)
-    for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        encode.main(flags)
-        assert len(os.listdir(out / "moments")) == rank + 1
-    dataset, before = data.load(out), contents(out)
-    (moments, labels), = dataset.batches([np.array([[i, 0] for i in range(6)])], "cpu")
-    assert dataset.identity() == {"count": 6, "class_names": ["a", "b"], "files": dataset.encoding["files"]}
-    assert (data.kind(out), labels.tolist()) == ("imagenet512", [0, 0, 0, 1, 1, 1])
-    mirror, noise = dataset.draws(6, torch.Generator().manual_seed(1))
-    assert mirror.tolist() == [False, True, True, False, True, False]
-    vae = diffusers.AutoencoderKL.from_pretrained(pretrained[1])
-    gaussian = vae.encode(images.prepare(images.images, mirror)).latent_dist
-    expected = (vae.decode(gaussian.mean).sample * 127.5 + 127.5).clamp(0, 255)
-    x0 = dataset.prepare(moments, mirror, noise)
-    assert torch.allclose(x0, 0.3 * (gaussian.mean + gaussian.std * noise), atol=1e-5)
-    assert (encode.decoder(dataset.encoding, "cpu")(0.3 * gaussian.mean) - expected).abs().max() <= 0.51
-    assert dataset.prepare(moments + 1e4, mirror, noise).isfinite().all()       # the variance is limited
-    dataset.flip = False
-    assert torch.equal(dataset.prepare(moments, mirror, noise), dataset.prepare(moments, ~mirror, noise))
-    os.truncate(out / "moments" / "000000004.bin", 9)
-    encode.main(flags)
-    assert contents(out) == before
-
-
-def test_encoded_captions_are_clips_last_hidden_states(tmp_path, pretrained):
-    """The features of each caption, and of the empty string, are what the text model gives; images are U-ViT's."""
-    import transformers
-    flags, captions = write_coco(tmp_path, 6)
-    encode.main([*flags, *captions, *pretrained])
-    dataset, texts = data.load(tmp_path / "out"), ["0 2", "1 2", "2 5", "0 0", "0 0", "0 3", ""]
-    assert (data.kind(tmp_path / "out"), dataset.text, dataset.flip) == ("mscoco256", (77, 16), False)
-    assert dataset.encoding["scale"] == 0.2301
-    (moments, y), = dataset.batches([np.array([[2, 0], [2, 1], [5, 5], [0, 9]])], "cpu")
-    tokens = transformers.CLIPTokenizer.from_pretrained(pretrained[3])(texts, padding="max_length", max_length=77)
-    features = transformers.CLIPTextModel.from_pretrained(pretrained[3])(torch.tensor(tokens.input_ids))[0]
-    assert torch.allclose(torch.cat([y, dataset.examples(2), dataset.null[None]]), features, atol=2e-3)     # float16
-    square = data.read_square(tmp_path / "images" / "a" / "2.png", 16)
-    assert torch.allclose(moments[0, 0].float(), encode.Autoencoder(pretrained[1]).moments(square[None]), atol=2e-3)
-    assert encode.TextEncoder(pretrained[3])(["7 " * 90]).shape == (1, 77, 16)
-    shutil.copytree(pretrained[3], tmp_path / "clip", ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
-    refuses("clip: lacks the tokenizer of its text model", encode.TextEncoder, tmp_path / "clip")
-
-
-def test_encode_refuses_what_does_not_fit(tmp_path, pretrained, monkeypatch):
-    """Other settings or images than those begun with, and impossible ones: one line, and nothing is changed."""
-    flags = [*write_coco(tmp_path, 4)[0], *pretrained]
-    encode.main(flags)
-    before = contents(tmp_path / "out")
-    assert data.kind(tmp_path / "out") == "imagenet256"
-    for change, words in [
-            (["--image-size", "32"], "begun with other image_size, shape, tables; give another --out"),
-            (["--image-size", "17"], "would decode to another size"),
-            (["--autoencoder", HERE], "no AutoencoderKL could be read from a folder")]:
-        assert re.fullmatch(f"encode.py: .*{words}.*", command("encode.py", *flags, *change))
-    with bookkeeping.lock(tmp_path / "out"):
-        assert re.search(f"out: process {os.getpid()} on .*, since .* writes there; wait", command("encode.py", *flags))
-    write_images(tmp_path / "images", "b/0.png", size=(20, 13))
-    assert "begun with other files;" in command("encode.py", *flags)
-    monkeypatch.setattr(encode.Autoencoder, "moments", lambda self, x: torch.full((len(x), 8, 8, 8), 1e6))
-    refuses("numbers of images or captions 0 to 3 are not finite .* --type float32",
-            encode.main, [*flags, "--out", str(tmp_path / "other")])
-    monkeypatch.setenv("RANK", "1")
-    assert "RANK is set, but WORLD_SIZE is not" in command("encode.py", *flags)
-    assert contents(tmp_path / "out") == before
-
-
-def test_models_come_from_a_repository_or_a_folder_in_it(monkeypatch):
-    """U-ViT's first autoencoder lies in a folder of a repository; a package that is not installed is named."""
-    monkeypatch.setitem(sys.modules, "diffusers", package := mock.Mock())
-    asked = package.AutoencoderKL.from_pretrained
-    encode.Autoencoder()
-    asked.assert_called_with("stabilityai/sd-vae-ft-ema", low_cpu_mem_usage=False)
-    encode.Autoencoder(encode.FIRST)
-    asked.assert_called_with("CompVis/stable-diffusion-v1-4", subfolder="vae", low_cpu_mem_usage=False)
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    refuses("needs the package diffusers: pip install diffusers", encode.Autoencoder)
 
 
 def damage(name, change, here):
@@ -1350,22 +1202,6 @@ def test_autoencoder_and_classifier_learn(tmp_path, capsys):
     assert Image.open(tmp_path / "fine" / "samples" / "0000020.png").size == (8 * 18 + 2, 10 * 18 + 2)
 
 
-@pytest.mark.parametrize("model, flags", [("fcmae_mini", ["--crop", "0.5"]), ("convnextv2_mini", CHANGES)])
-def test_every_objective_resumes_to_the_last_bit(tmp_path, model, flags):
-    """With masks, changed images and stochastic depth, 3 + 3 steps are 6; two passes see the same draws as one."""
-    whole, log = convnet(tmp_path / "whole", model, *flags)
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    (tmp_path / "half" / "checkpoint.pt").unlink()          # previous.pt is step 3
-    torch.rand(1)
-    convnet(tmp_path / "half", model, *flags)
-    assert_same_run(tmp_path / "half", tmp_path / "whole")
-    _, passes = convnet(tmp_path / "passes", model, "--crop", "0.5", "--accumulate", "2")
-    _, one = convnet(tmp_path / "one", model, "--crop", "0.5")
-    assert [line["loss"] for line in passes] == pytest.approx([line["loss"] for line in one], rel=1e-4)
-    rates = [group["lr"] for group in whole["optimizer"]["param_groups"]]
-    assert max(rates) == pytest.approx(log[-1]["lr"]) and (min(rates) < max(rates)) == (model != "fcmae_mini")
-
-
 def test_images_change_by_their_seeds():
     """What happens to an image is a function of its seed, not of the rows beside it; of the batch's, how all mix."""
     dataset, config = data.shapes(), train.parse(["--model", "convnextv2_mini", "--data", "shapes", *CHANGES])
@@ -1436,97 +1272,6 @@ REFUSALS["train.py"] += [(" ".join(SMALL) + " --out {run} " + flags, words) for 
     ("--times normal 1 2", "--times normal 1 2: must be uniform, or logit-normal MEAN STD"),
     ("--accumulate 16", "--accumulate 16: a process has only 8 images"), ("--betas 1 1", "--betas 1.0: must be"),
     ("--cfg 2 --label-dropout 0", "--cfg 2.0: guidance needs labels"), ("--out {run}/log.jsonl", "another --out")]]
-
-
-class FakeGPU(TorchDispatchMode):
-    """Tensors on "cuda" have no numbers (FakeTensorMode's), those on the CPU are real. An operation that mixes both, or
-    reads from the GPU, raises; `sent` counts blocking copies of memory to it. No kernel of a GPU is run."""
-
-    def __init__(self, fakes):
-        super().__init__()
-        self.fakes, self.sent = fakes, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, given = func.overloadpacket.__name__, (args, kwargs or {})
-        tensors = [x for x in tree_leaves(given) if isinstance(x, torch.Tensor)]
-        real = [x for x in tensors if not isinstance(x, FakeTensor)]
-        device = torch.device(given[1].get("device") or ("cpu" if len(real) == len(tensors) else "cuda")).type
-        if device == "cpu" and len(real) == len(tensors):
-            with unset_fake_temporarily():
-                return func(*args, **given[1])
-        assert device == "cuda" and name != "_local_scalar_dense", f"{name} waits for the GPU"
-        assert name == "_to_copy" or all(x.ndim == 0 for x in real), f"{name} mixes devices"
-        self.sent += name == "_to_copy" and len(real) > 0 and not given[1].get("non_blocking")
-        args, kwargs = tree_map_only(torch.Tensor, self.fakes.from_tensor, given)
-        return func(*args, **kwargs)
-
-
-def backward(loss):
-    """loss.backward(), node by node: torch's engine would ask the driver for its streams."""
-    waiting = {loss.grad_fn: {0: torch.ones_like(loss)}}
-    while waiting:
-        node = max(waiting, key=lambda node: node._sequence_nr())       # the latest: nothing else leads to it
-        given = waiting.pop(node)
-        if hasattr(node, "variable"):
-            node.variable.grad = given[0]
-            continue
-        found = node(*(given.get(i) for i in range(len(node._input_metadata))))
-        for (after, i), gradient in zip(node.next_functions, found if isinstance(found, tuple) else [found]):
-            if after is not None and gradient is not None:
-                like, slots = after._input_metadata[i], waiting.setdefault(after, {})
-                slots[i] = slots.get(i, 0) + gradient.sum_to_size(like.shape).to(like.dtype)
-
-
-class Generator(torch.Generator):
-    """A generator that says it is of its device."""
-    def __new__(cls, device="cpu"):
-        generator = super().__new__(cls, "cpu")
-        generator.device = torch.device(device)
-        return generator
-
-    device = None
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_nothing_waits_for_a_gpu_and_no_devices_mix(inception):
-    """On a GPU without numbers: two steps of training, every sampler, each on one of the schedules, and Inception."""
-    config = train.parse("--model dit_tiny --data shapes --model-args width=32 depth=2 heads=2 --amp bf16 "
-                         "--batch-size 8 --grad-checkpoint 2 --clip-grad 1 --device cuda".split())
-    dataset, cuda = data.shapes(), torch.device("cuda", 0)
-    with contextlib.ExitStack() as stack:
-        for owner, name, answer in [
-                (torch.cuda, "is_available", True), (torch.cuda, "is_bf16_supported", True),
-                (torch.cuda, "is_current_stream_capturing", False), (fake_tensor, "init_gpu_context", None)]:
-            stack.enter_context(mock.patch.object(owner, name, return_value=answer))
-        for owner, name, other in [(FakeTensorMode, "avoid_device_init", True), (torch.Tensor, "backward", backward),
-                                   (torch, "Generator", Generator), (torch.Tensor, "pin_memory", lambda x: x)]:
-            stack.enter_context(mock.patch.object(owner, name, other))
-        gpu = stack.enter_context(FakeGPU(stack.enter_context(FakeTensorMode())))
-        try:
-            torch.zeros(2, device=cuda)[0]
-        except RuntimeError as error:
-            pytest.skip(f"this build of torch asks the driver ({data.one_line(error, 80)})")
-        here = mock.Mock(rank=0, world=1, device=cuda, distributed=False)
-        null = train.settle(config, dataset, here)
-        model = recipes.build(config.model, {**recipes.model_arguments(config, dataset), "checkpoint": 2}).to(cuda)
-        objective = objectives.Diffusion(config, dataset, model, null)
-        learner = train.Learner(model, objective, config, here)
-        passes = train.passes_of(dataset, objective, config, here, 0)
-        for step in range(2):
-            gpu.sent = 0
-            loss, _, bad = learner.step(step, passes(step))
-        assert (loss.device, bad.device, gpu.sent) == (cuda, cuda, 0)
-
-        def network(x, t, y):
-            return torch.cat([x, x], dim=1) * (t + y)[:, None, None, None]
-
-        for name, schedule in zip(diffusion.SAMPLERS, itertools.cycle(diffusion.SCHEDULES.values())):
-            gpu.sent = 0
-            x = diffusion.generate(network, schedule(), (3, 4, 4), range(2), null.repeat(2), null, w=2, steps=3,
-                                   sampler=name, clip=True, device=cuda)
-            assert (x.shape, x.device, gpu.sent) == ((2, 3, 4, 4), cuda, 0)
-        out = copy.deepcopy(inception).to(cuda)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=cuda))
-        assert {values.device for values in out.values()} == {cuda}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1696,68 +1441,6 @@ REFUSALS["sample.py"] += [
     (f"{RUN} --out {HERE}", "exists and is not an empty"), (f"{RUN} --out /proc/x", "/proc/x: could not be written")]
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Sends `body` from the byte asked for; the first `breaks` answers end halfway. `asked` gets those bytes."""
-
-    def do_GET(self):
-        first = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        rest, _ = self.body[first:], self.asked.append(first)
-        self.send_response((206 if first else 200) if rest else 416)
-        self.send_header("Content-Length", len(rest))
-        self.end_headers()
-        self.wfile.write(rest[:len(rest) // 2] if len(self.asked) <= self.breaks else rest)
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """served(file, body, breaks): this machine serves dit_xl2_256 as that file -> (its place, bytes asked for)."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
-
-    def serve(file, body, breaks=0):
-        Server.body, Server.breaks, Server.asked = body, breaks, []
-        address, flags = f"http://127.0.0.1:{server.server_port}/{file}?dl=1", recipes.RELEASED["dit_xl2_256"][-1]
-        monkeypatch.setitem(recipes.RELEASED, "dit_xl2_256", (file, address, flags))
-        return tmp_path / "checkpoints" / file, Server.asked
-
-    yield serve
-    server.shutdown()
-    server.server_close()
-
-
-def test_weights_by_name_are_fetched_once(served, tmp_path, autoencoder):
-    """A transfer that breaks off twice goes on where it was; the file is found again, and its name says what it is."""
-    net = recipes.build("dit_xl2", dict(image_size=32, num_classes=1000, width=32, heads=2, depth=1))
-    torch.save(weights := fill(net.state_dict(), ["pos_embed"]), tmp_path / "w.pt")
-    body = (tmp_path / "w.pt").read_bytes()
-    (path, asked), half = served("w.pt", body, breaks=2), len(body) // 2
-    args = sample.parse("--weights dit_xl2_256 --model-args width=32 heads=2 depth=1".split())
-    source = sample.open_source(args, torch.device("cpu"))
-    assert (path.read_bytes(), [*path.parent.iterdir()]) == (body, [path])
-    assert recipes.find("dit_xl2_256") == path and asked == [0, half, half + (len(body) - half) // 2]
-    assert same(source.model.state_dict(), weights) and type(source.schedule) is diffusion.DDPM
-    assert (source.settings["channels"], source.class_names[207]) == (3, "golden retriever")
-
-
-@pytest.mark.parametrize("file, body, words, kept", [
-    ("w.pt", b"<!DOCTYPE html>", "there is a page or something else", 0),
-    ("w-0123abcd.pt", b"PK of another", "its SHA-256 does not begin with 0123abcd", 0),
-    ("w.pt", b"PK" + 62 * b"x", "it broke off after 62 bytes of 64", 62)])
-def test_weights_that_do_not_arrive(served, file, body, words, kept):
-    """One line says why, where the file is and where to put it. What came of a good file is kept for the next call."""
-    path, _ = served(file, body, breaks=5 if kept else 0)
-    part = path.with_name(f"{file}.part")
-    with pytest.raises(FileNotFoundError, match=f"{path} is not there, .*{words}.* fetch http.*/{file}.dl=1 with a "):
-        recipes.find("dit_xl2_256")
-    assert (part.stat().st_size, path.exists()) == (kept, False)
-    if kept:
-        assert recipes.find("dit_xl2_256").read_bytes() == body
-        path.rename(part)       # nothing follows it, which the server answers with an error
-        assert recipes.find("dit_xl2_256").read_bytes() == body
-
-
 def test_released_names_stand_for_recipes():
     """Each name has a file of its own. The flags that it stands for make a recipe: JiT's has noise for its size."""
     assert len({file for file, _, _ in recipes.RELEASED.values()}) == len(recipes.RELEASED) == 51
@@ -1765,46 +1448,6 @@ def test_released_names_stand_for_recipes():
         args = sample.parse(["--weights", name])
         scale = recipes.recipe(args.model, data.kind(args.data), args.schedule)["noise_scale"]
         assert (scale, args.cfg_channels) == (1 + (name[-2:] == "32"), 3 if name[:3] in ("dit", "sit") else None)
-
-
-def test_diffusers_dit_becomes_dit(tmp_path):
-    """diffusers' DiT answers as dit.py with its weights, once all its blocks embed time as the release does."""
-    net = pytest.importorskip("diffusers").DiTTransformer2DModel(2, 16, out_channels=8, num_layers=2, sample_size=8,
-                                                                 num_embeds_ada_norm=10, norm_eps=1e-6).eval()
-    net.load_state_dict(fill(net.state_dict()))
-    with pytest.raises(ValueError, match="its blocks differ in .norm1.emb"):
-        dit.from_diffusers(net.state_dict())
-    for block in net.transformer_blocks:
-        block.norm1.emb.load_state_dict(net.transformer_blocks[0].norm1.emb.state_dict())
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    net.save_pretrained(tmp_path)
-    ours = dit.DiT(image_size=8, width=32, depth=2, heads=2, num_classes=10).eval()
-    sample.load_weights(ours, recipes.read_weights(tmp_path / "diffusion_pytorch_model.safetensors")[0], tmp_path)
-    x, t, y = inputs((3, 4, 8, 8), 11, times=(0, 999))
-    with torch.no_grad():
-        assert relative(ours(x, t, y), net(x, t, class_labels=y).sample) < 1e-5
-
-
-@pytest.mark.parametrize("flags, key", [([], "ema"), (["--raw"], "model")])
-def test_exported_weights_say_what_they_are(run, tmp_path, monkeypatch, flags, key):
-    """--export writes the weights with the released names; --weights of that file alone draws what the run draws."""
-    load, path = pytest.importorskip("safetensors.torch").load_file, Path("x.safetensors")
-    monkeypatch.chdir(tmp_path)
-    assert draw(run, "none.png", "--export", path, *flags) is None
-    assert [*Path().iterdir()] == [path]
-    assert same(load(path), bookkeeping.read_checkpoint(run / "checkpoint.pt")[key])
-    a, _ = sampled(run, "a.npz", "--num", 4, *flags)
-    read = ["--weights", path, "--num", 4, "--steps", 4, "--device", "cpu", "--out"]
-    assert command("sample.py", *read, "b.npz") is None
-    assert (a == np.load("b.npz")["arr_0"]).all()
-    what = ["--model", "dit_tiny", "--data", "shapes"]
-    assert "--model: x.safetensors says itself what it is" in command("sample.py", *read, "c.npz", *what)
-    path.write_bytes(b"no header")
-    assert "--weights needs --model and --data" in command("sample.py", *read, "c.npz")
-    assert "x.safetensors: not a file of weights alone, or damaged" in command("sample.py", *read, "c.npz", *what)
-    assert "--export no/x.safetensors: could not be written (" in draw(run, "c.npz", "--export", "no/x.safetensors")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert "x.safetensors: needs the package safetensors" in command("sample.py", *read, "c.npz", *what)
 
 
 @pytest.mark.parametrize("part, change, words", [
@@ -2028,36 +1671,6 @@ def test_bench_has_rows_that_go_together(words):
     """Each row of the papers names a model, data and arguments that fit; flags given beside it win."""
     with mock.patch("bench.count", return_value=(1, 1)):
         assert bench.configure(bench.parse([*bench.flags(words), "--batch-size", "3"])).batch_size == 3
-
-
-def test_bench_prints_what_is_published_and_where_memory_does_not_suffice(benched, capsys, monkeypatch):
-    """A work that runs out of memory says so, and those after it are measured; other errors are not hidden."""
-    errors = [*2 * [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")], RuntimeError("another")]
-    monkeypatch.setitem(bench.WORKS, "step", mock.Mock(side_effect=errors))
-    rows = [("model=uvit_tiny data=shapes batch-size=3", "1 ms"), ("model=dit_tiny data=cifar10", "2 ms")]
-    monkeypatch.setattr(bench, "PAPERS", rows)
-    bench.main("--papers --device cpu --measure step,forward --batch-size 2 --repeats 1 --grad-checkpoint".split())
-    table = (r"^(\w+), \w+ (\S+): .* batch 2, amp off, grad-checkpoint 1\npublished: (.*)\n"
-             r".*\n +step out of memory\n +forward +\d.*\n +product, off +\d")
-    found = re.findall(table, capsys.readouterr().out, re.M)
-    assert found == [("uvit_tiny", "3x16x16", "1 ms"), ("dit_tiny", "3x32x32", "2 ms")]
-    refuses("another", benched, error=RuntimeError)
-
-
-def test_bench_compares_two_settings(benched):
-    """Each side has its own flags over the common ones; medians and ratios of three blocks of given seconds."""
-    with mock.patch.object(train.Learner, "step", autospec=True) as step, \
-            mock.patch("bench.alternate", return_value=[[1, 2, 4], [1, 4, 5], [8, 0.5, 0.5]]):
-        result = benched("--cfg", 2, "--compare", "amp=off", "batch-size=4 skip=none no-fold")
-    sides = [(side["batch_size"], side["fold"], side["arguments"].get("skip")) for side in result["settings"].values()]
-    assert sides == [(2, True, None), (4, False, "none")]
-    assert [len(x0) for call in step.call_args_list for x0, y, *draws in call.args[2]] == [2, 2, 4, 4]
-    rows, macs = result["rows"], 4 * result["settings"]["B"]["macs"]        # of four images
-    for a, b, work, passes in zip(rows[::3], rows[1::3], ("forward", "step", "sampling"), (1, 3, 4)):
-        assert (a["work"], b["work"], "speed_ratio" in a) == (f"A {work}", f"B {work}", False)
-        assert [a["seconds"], a["seconds_min"], a["seconds_max"], a["images_per_sec"]] == [2, 1, 4, 1]
-        assert [b["speed_ratio"], b["speed_ratio_min"], b["speed_ratio_max"]] == [1.6, 1, 2]
-        assert [b["flops_per_sec"], b["share"]] == pytest.approx([passes * macs / 2, passes * macs / 2 / (4 * 64**3)])
 
 
 REFUSALS["bench.py"] += [(f"--model uvit_s2 {flags}", message) for flags, message in [
