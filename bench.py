@@ -5,13 +5,12 @@
     python bench.py --model uvit_s2 --data cifar10 --loop --data-dir data         # does reading images slow training?
     python bench.py --papers                                                      # the rows that the papers print
 
-Weights and data are random, and have the shape of the data set (--loop reads real data). A block is a number of calls
-that takes 0.2 s or longer and ends with one wait for the device. The compared settings are timed alternately, A B A B,
-so that a drift of the machine affects all alike. The table shows the median, quickest and slowest block's.
+Weights and data are random, and have the shape of the data set (--loop reads real data). The compared settings are
+timed alternately, A B A B, in blocks of 0.2 s or longer that end with one wait for the device, so that a drift of the
+machine affects all alike. The table shows the median, quickest and slowest block's.
 
-share   the rate of the multiply-adds that the network needs, divided by that of a large matrix product of the same type
-        in the same run. A forward pass's are counted (U-DiT's convolutions merged); a training step needs three times
-        as many, whether or not activations are computed again
+share   the rate of the network's multiply-adds (U-DiT's convolutions merged; of a training step, those of three forward
+        passes) over that of a large matrix product of the same type in the same run
 GB      peak memory, beyond what was held before the network was built (on a CPU: of the process; Linux only)
 """
 import argparse
@@ -40,6 +39,7 @@ import train
 
 BLOCK = 0.2                                     # seconds
 CEILING = {"cpu": 2048, "cuda": 8192}           # rows and columns of the large matrices
+EVALUATIONS = {"cpu": 4, "cuda": 50}            # calls of the network for an image
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DATA = data.DATASETS | {"folder": data.Named(None, 256, (3, 256, 256), 1000)}     # ImageNet's own pixels, as files
 
@@ -67,8 +67,7 @@ def parse(argv):
     """Flags -> argparse.Namespace. --key=value that is no flag is an argument of the network. Raises ValueError."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    yes_no = argparse.BooleanOptionalAction
-    add = p.add_argument_group("what is measured").add_argument
+    yes_no, add = argparse.BooleanOptionalAction, p.add_argument_group("what is measured").add_argument
     add("--model", metavar="NAME", help=", ".join(recipes.MODELS))
     add("--data", metavar="NAME", help=f"{', '.join(DATA)}; with --loop, whatever train.py takes")
     add("--data-dir", metavar="DIR", help="with --loop: where named data lie (default data/)")
@@ -87,7 +86,6 @@ def parse(argv):
     add("--grad-checkpoint", nargs="?", type=int, const=1, default=0, metavar="K",
         help="recompute the activations of every K-th block in the backward pass (no K: of every block)")
     add("--fold", action=yes_no, default=True, help="U-DiT's convolutions merged for forward and sampling (default on)")
-    add("--evaluations", type=int, metavar="N", help="calls of the network for an image (default 50 on cuda, 4 on cpu)")
     add("--cfg", type=float, default=1.0, metavar="W", help="guidance weight in sampling (default 1: none)")
     add("--workers", type=int, metavar="N", help="with --loop: reading processes (default 4)")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
@@ -98,13 +96,11 @@ def parse(argv):
     cuda = args.device == "cuda" or not args.device and torch.cuda.is_available()
     args.device, args.measure = "cuda" if cuda else "cpu", args.measure.split(",")
     args.amp = args.amp or ("bf16" if cuda else "off")
-    args.evaluations = (50 if cuda else 4) if args.evaluations is None else args.evaluations
     args.model_args = args.model_args + [word[2:] for word in others]
     strange = [word for word in others if not (word.startswith("--") and "=" in word)]
     for wrong, message in [
         (strange, f"{' '.join(strange)}: neither a flag (see --help) nor KEY=VALUE for the model"),
         (set(args.measure) - WORKS.keys(), f"--measure {','.join(args.measure)}: choose from {', '.join(WORKS)}"),
-        (args.evaluations < 1, f"--evaluations {args.evaluations}: must be at least 1"),
         (args.loop and (args.pair or args.papers), "--loop stands alone, without --compare or --papers"),
         (not (args.papers or args.model and args.data), "give --model and --data, or --papers; see --help"),
         (args.data and args.data not in DATA and not args.loop,
@@ -136,7 +132,7 @@ def configure(args):
         config.dataset = argparse.Namespace(shape=shape, num_classes=known.num_classes, text=known.text)
     config.shape, config.text = config.dataset.shape, config.dataset.text
     config.class_cond = config.dataset.num_classes > 0 if config.class_cond is None else config.class_cond
-    config.label_dropout = config.label_dropout if config.class_cond else 0.0
+    config.label_dropout *= config.class_cond
     config.arguments = recipes.model_arguments(config, config.dataset)
     if config.cfg != 1 and not config.text and not config.label_dropout:
         raise ValueError(f"--cfg {config.cfg}: {config.model} learns no null label on {config.data}, leave it at 1")
@@ -205,9 +201,9 @@ def sampling(config, here):
     def run():
         with torch.autocast(config.device, DTYPES[config.amp], enabled=config.amp != "off"):
             diffusion.generate(model, schedule, config.shape, range(config.batch_size), y, null.to(here.device),
-                               w=config.cfg, sampler=sampler, steps=config.evaluations, device=here.device)
+                               w=config.cfg, sampler=sampler, steps=EVALUATIONS[config.device], device=here.device)
 
-    passes = config.batch_size * config.evaluations * (1 if config.cfg == 1 else 2)
+    passes = config.batch_size * EVALUATIONS[config.device] * (1 if config.cfg == 1 else 2)
     return Work(run, config.batch_size, passes * config.macs, config.amp)
 
 
@@ -359,7 +355,7 @@ def title(name, c):
     words = [f"batch {c.batch_size}", f"amp {c.amp}", *["compile"] * c.compile, *c.model_args,
              *[f"grad-checkpoint {c.grad_checkpoint}"] * (c.grad_checkpoint > 0)]
     if "sampling" in c.measure and not c.loop:
-        words += [f"{c.evaluations} evaluations for a sample", *[f"guidance {c.cfg}"] * (c.cfg != 1)]
+        words += [f"{EVALUATIONS[c.device]} evaluations for a sample", *[f"guidance {c.cfg}"] * (c.cfg != 1)]
     return (f"{name} {c.model}, {c.data} {'x'.join(map(str, c.shape))}: {c.parameters / 1e6:.2f} M parameters, "
             f"{c.macs / 1e9:.2f} GMACs an image; {', '.join(words)}").strip()
 
@@ -381,8 +377,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     here = bookkeeping.Processes(args.device)         # on a GPU: TF32 where float32 remains
-    cuda = here.device.type == "cuda"
-    report = dict(device=torch.cuda.get_device_name(here.device) if cuda else "cpu",
+    report = dict(device=torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "cpu",
                   cpu_threads=torch.get_num_threads(), torch=torch.__version__, results=[])
     say = (lambda text: None) if args.json else partial(print, flush=True)
     say(f"{report['device']}, torch {report['torch']}, {report['cpu_threads']} CPU threads")

@@ -1649,8 +1649,9 @@ def benched(monkeypatch, capsys):
     """A function of flags that runs bench.py, with blocks of one call and small products -> its JSON line, read."""
     monkeypatch.setattr(bench, "BLOCK", 1e-9)
     monkeypatch.setitem(bench.CEILING, "cpu", 64)
+    monkeypatch.setitem(bench.EVALUATIONS, "cpu", 2)
     monkeypatch.setattr(bench.gc, "collect", lambda: None)      # half a second each in a process full of tests
-    tiny = "--model uvit_tiny --data shapes --width=32 --heads=2 --batch-size 2 --repeats 2 --evaluations 2 --json"
+    tiny = "--model uvit_tiny --data shapes --width=32 --heads=2 --batch-size 2 --repeats 2 --json"
 
     def measure(*flags):
         bench.main([*tiny.split(), *map(str, flags), "--device", "cpu"])
@@ -1676,7 +1677,7 @@ def test_bench_has_rows_that_go_together(words):
 REFUSALS["bench.py"] += [(f"--model uvit_s2 {flags}", message) for flags, message in [
     ("--data photos", "--data photos: choose from cifar10, "), ("--papers --loop", "--loop stands alone"),
     ("--papers --compare a a", "--a: neither a flag (see --help) nor"), ("", "give --model and --data, or --papers"),
-    ("--data cifar10 --measure speed", "choose from forward, step"), ("--papers --evaluations 0", "--evaluations 0: m"),
+    ("--data cifar10 --measure speed", "choose from forward, step"), ("--papers --repeats 0", "--repeats 0: m"),
     ("--data shapes --model fcmae_mini", "--model fcmae_mini: bench.py measures diffusion networks"),
     ("--papers --batch-size 0", "--batch-size 0: must"), ("--data cifar10 --cfg 2", "--cfg 2.0: uvit_s2 learns no nu")]]
 

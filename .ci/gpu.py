@@ -236,9 +236,9 @@ def compiled(args, tell):
 
 def sampling(args, tell):
     for model, name in (TINY if FAKE else {"uvit_s2": "cifar10", "uvit_h2": "imagenet256"}).items():
-        size, evaluations, repeats = (2, 3, 1) if FAKE else (500, 50, 2)
+        size, repeats = (2, 1) if FAKE else (500, 2)
         measured(tell, f"--model {model} --data {name} --measure sampling --batch-size {size} --amp bf16 "
-                 f"--evaluations {evaluations} --repeats {repeats}")
+                 f"--repeats {repeats}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
