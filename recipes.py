@@ -105,10 +105,9 @@ RECIPES = {
     ("unet", "shapes"): dict(SHAPES, steps=300, lr=4e-3, weight_decay=0.03),
     ("jit", "folder"): JIT,
     **{(f"{name}_tiny", "folder"): TINY for name in ("uvit", "dit", "udit", "unet", "jit")},
-    **{(f"jit_{size}16", name): dict(cfg=cfg)
-       for name in ("folder", "imagenet64") for size, cfg in [("b", 3.0), ("l", 2.4), ("h", 2.2)]},
-    **{(f"jit_{size}32", name): dict(cfg=cfg, noise_scale=2.0)              # at 512 x 512 pixels
-       for name in ("folder", "imagenet64") for size, cfg in [("b", 3.0), ("l", 2.5), ("h", 2.3)]},
+    **{(f"jit_{size}16", "folder"): dict(cfg=cfg) for size, cfg in [("b", 3.0), ("l", 2.4), ("h", 2.2)]},
+    **{(f"jit_{size}32", "folder"): dict(cfg=cfg, noise_scale=2.0)         # at 512 x 512 pixels
+       for size, cfg in [("b", 3.0), ("l", 2.5), ("h", 2.3)]},
     ("jit", "shapes"): dict(SHAPES, predict="data", compare="velocity"),
     ("fcmae", "folder"): PRETRAIN,
     ("convnextv2", "folder"): FINETUNE,
@@ -119,8 +118,8 @@ RECIPES = {
     ("convnextv2_base", "folder"): dict(LARGER, layer_decay=0.6, layer_groups=True),
     ("convnextv2_large", "folder"): dict(LARGER, layer_decay=0.6, layer_groups=True, drop_path=0.2),
     ("convnextv2_huge", "folder"): dict(LARGER, steps=62_550, warmup=12_510, lr=5e-3, layer_decay=0.75, drop_path=0.3),
-    **{("fcmae_mini", name): dict(MINI, lr=3e-3, betas=[0.9, 0.95]) for name in ("cifar10", "shapes", "folder")},
-    **{("convnextv2_mini", name): MINI_FINE for name in ("cifar10", "shapes", "folder")},
+    ("fcmae_mini", "folder"): dict(MINI, lr=3e-3, betas=[0.9, 0.95]),
+    ("convnextv2_mini", "folder"): MINI_FINE,
 }
 YES_NO = {"yes": True, "on": True, "true": True, "1": True, "no": False, "off": False, "false": False, "0": False}
 FLAGS = {**COMMON, **UVIT, **PRETRAIN, **FINETUNE}.keys() - {"model_args"}       # those that some row has
@@ -136,7 +135,8 @@ def family(model):
 def recipe(model, dataset, schedule=None):
     """Values for a model and data set, {flag: value}; schedule replaces the row's. Raises ValueError as family."""
     kind = family(model)
-    row = {**RECIPES.get((kind, dataset), RECIPES[kind, "folder"]), **RECIPES.get((model, dataset), {})}
+    known = dataset if (kind, dataset) in RECIPES else "folder"
+    row = {**RECIPES[kind, known], **RECIPES.get((model, known), {})}
     if kind in ("fcmae", "convnextv2"):
         return {**RUN, **row}
     row = {**COMMON, **row}

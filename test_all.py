@@ -1008,6 +1008,7 @@ REFUSALS["encode.py"] += [
     ("jit_b32 --data {folder}", "batch_size=1024 steps=750600 warmup=6255 lr=0.0002 betas=[0.9,0.95] schedule=flow "
      "predict=data compare=velocity times=['logit-normal',0.8,0.8] ema=[0.9999,0.9996] ema_warmup=False cfg=3.0 "
      "cfg_interval=[0.0,0.9] noise_scale=2.0 sampler=heun sample_steps=50 clip_x0=False"),
+    ("dit_tiny --data cifar10", "batch_size=64 steps=10000 lr=0.002 clip_x0=True"),         # a folder's row
     ("dit_s2 --data cifar10", "batch_size=256 warmup=0 class_cond=None label_dropout=0.1 clip_x0=True"),
     ("unet_adm --data imagenet512", "schedule=ddpm clip_x0=False"),
     ("dit_tiny --data shapes --schedule gvp", "schedule=gvp predict=None sampler=ddpm clip_x0=True"),
