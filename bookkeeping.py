@@ -3,7 +3,7 @@
     here = Processes("cuda")                            # rank, world size and device, under torchrun or alone
     with lock(out): ..                                  # no second command writes there meanwhile
     state = read_checkpoint("runs/x/checkpoint.pt")     # checksums verified, no code in it executed
-    log = Log(out, config, here, step, skipped)         # a progress bar, log.jsonl, TensorBoard; draw_log makes log.png
+    log = Log(out, config, here, step, skipped)         # a progress bar, log.jsonl, TensorBoard; log.png and index.html
     command("train.py", main, "interrupted")            # what a user can mend ends with one line, not a stack trace
 
 Nothing here knows about networks or diffusion.
@@ -11,6 +11,7 @@ Nothing here knows about networks or diffusion.
 import contextlib
 import errno
 import fcntl
+import html
 import json
 import math
 import os
@@ -415,6 +416,26 @@ def draw_log(log, path):
     with writing(path):
         picture.save(path.with_suffix(".tmp"), "PNG")
         os.replace(path.with_suffix(".tmp"), path)
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>{name}</title><style>body {{font: 14px sans-serif; margin: 2em}}
+figure {{display: inline-block; margin: 0 1em 1em 0}} td {{padding-right: 2em}}
+figure img {{height: 240px; image-rendering: pixelated}}</style>
+<h1>{name}</h1><img src="log.png" alt="loss, learning rate and speed over the steps"><h2>Grids, the newest first</h2>
+{figures}<h2>Configuration</h2><table>{rows}</table>
+"""
+
+
+def draw_page(out):
+    """index.html of a run's folder: its curves, its grids and its configuration, for any browser, without a server."""
+    figures = [f'<figure><a href="samples/{grid.name}"><img src="samples/{grid.name}" alt="grid"></a>'
+               f'<figcaption>step {int(grid.stem)}</figcaption></figure>'
+               for grid in sorted(out.glob("samples/[0-9]*.png"), reverse=True)]
+    config = json.loads((out / "config.json").read_text())
+    rows = [f"<tr><td>{key}</td><td>{html.escape(str(value))}</td></tr>" for key, value in config.items()]
+    with writing(out / "index.html"):
+        (out / "index.html").write_text(PAGE.format(name=html.escape(str(out)), figures="".join(figures),
+                                                    rows="".join(rows)))
 
 
 def round_numbers(low, high):

@@ -1165,8 +1165,11 @@ def test_replay_by_the_released_formulas(tmp_path, steps, flags):
     assert state["ema"]["pos_embed"].data_ptr() == state["averages"]["0.999"]["pos_embed"].data_ptr()   # stored once
 
 
-def test_log_becomes_a_picture(run, tmp_path):
-    """log.png has a panel for each number, where 2^-step is a straight line if it is a loss. Gaps are left out."""
+def test_log_becomes_a_picture_and_a_run_a_page(run, tmp_path):
+    """log.png has a panel for each number, where 2^-step is a straight line if it is a loss. Gaps are left out.
+
+    index.html shows it, the grids, the newest first, and the configuration as text.
+    """
     assert Image.open(run / "log.png").size == (840, 420)               # loss, lr, grad_norm, images_per_sec
     rows = [{"step": k, "loss": 2.0**-k if k != 4 else None, "accuracy": k, "skipped": 0} for k in range(1, 9)]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{torn")
@@ -1175,6 +1178,12 @@ def test_log_becomes_a_picture(run, tmp_path):
     for panel, first, last in [(blue[:, :420], 30, 180), (blue[:, 420:], 161, 30)]:     # accuracy begins at 1 of 8
         heights = [column.nonzero()[0].mean() for column in panel.T if column.any()]
         assert len(heights) > 300 and heights == pytest.approx(list(np.linspace(first, last, len(heights))), abs=2)
+    write_images(tmp_path / "samples", "0000002.png", "0000010.png")
+    (tmp_path / "config.json").write_text(json.dumps({"data": "<b>"}))
+    bookkeeping.draw_page(tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert re.findall('src="(.*?)"', page) == ["log.png", "samples/0000010.png", "samples/0000002.png"]
+    assert "<td>data</td><td>&lt;b&gt;</td>" in page and "step 10<" in page and (run / "index.html").exists()
 
 
 # ConvNeXt V2: masked autoencoding and classification, the other two objectives

@@ -9,8 +9,8 @@
 The first took 91 s on two CPU cores; then 100 of 100 samples showed the class asked for (.ci/endure.py repeats it).
 Every default is the recipe for that model and data (in recipes.py): the paper's, where the paper has that data. It is
 printed and saved. A run writes --out (default runs/<model>-<data>/): config.json, log.jsonl and its picture log.png,
-samples/<step>.png, checkpoint.pt and the one before it, previous.pt. Started again with the same command, it continues
-where it was.
+samples/<step>.png, index.html that shows them, checkpoint.pt and the one before it, previous.pt. Started again with the
+same command, it continues where it was.
 
 Whatever is random in step k (order, mirroring, times, noise, dropped labels, masks) is a function of (seed, k), drawn
 for the whole batch and sliced by process. So N + M steps equal N, a stop, and M more: to the last bit on a CPU, and on
@@ -418,6 +418,7 @@ def main(argv=None):
                 log.show(step, *show(average))
             if lead and (samples or saves):
                 bookkeeping.draw_log(out / "log.jsonl", out / "log.png")
+                bookkeeping.draw_page(out)
             if log.step == step:
                 log.clock = time.perf_counter()     # the time of saving and sampling is not the training's
         log.bar.close()
