@@ -1108,28 +1108,6 @@ def test_grids_cost_seconds(flags, pixels, chosen):
     assert objectives.preview(train.parse(["--model", *flags.split()]), pixels) == chosen
 
 
-def test_what_changed_is_named_and_used(tmp_path, monkeypatch, capsys):
-    """A resumed run says which flags and how much data changed, and refuses other classes; moved data is the same."""
-    photos, out = write_images(tmp_path / "photos", "a/0.png", "a/1.png", "b/0.png"), tmp_path / "out"
-    flags = ["--image-size", 16, "--data"]
-    trained(out, *flags, photos, "--steps", 1)
-    photos.rename(tmp_path / "moved")
-    monkeypatch.chdir(tmp_path)
-    state, _ = trained(out, *flags, "moved", *"--steps 2 --weight-decay 0.5 --ema 0.9999 0".split())
-    assert same(state["averages"]["0.0"], state["model"])
-    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
-    trained(out, *flags, "moved", "--steps", 2, "--lr", 1)
-    printed = capsys.readouterr().out
-    assert "the data:" not in printed
-    assert f"{out} is at step 2 already" in printed
-    shutil.copy("moved/a/0.png", "moved/a/9.png")
-    trained(out, *flags, "moved", "--steps", 3)
-    assert ("changed since step 2: steps 2 -> 3, weight_decay 0.5 -> 0.0, ema [0.9999, 0.0] -> [0.9999], the data: "
-            "3 images -> 4, not all the same") in capsys.readouterr().out
-    Path("moved/b").rename("moved/c")
-    refuses(r"class_names is \['a', 'b'\], here \['a', 'c'\]", trained, out, *flags, "moved", "--steps", 4)
-
-
 @pytest.mark.parametrize("steps, flags", [(30, "--no-ema-warmup --no-flip"), (12, "--clip-grad 0.1")])
 def test_replay_by_the_released_formulas(tmp_path, steps, flags):
     """Steps written out as the papers do (but the rate is a step ahead) end at the same weights and averages: 1e-6."""
@@ -1777,7 +1755,10 @@ def test_examples_run(story, run, tmp_path, monkeypatch, capsys):
     for _, code, output in story:
         for folder in re.findall(r"runs/[\w/-]+?(?=/\w+\.|\")", code):
             Path(folder).parent.mkdir(parents=True, exist_ok=True)
-            Path(folder).symlink_to(run)
+            if "masked" in folder:
+                convnet(Path(folder), "fcmae_mini" if "pre" in folder else "convnextv2_mini", "--steps", "1")
+            else:
+                Path(folder).symlink_to(run)
         capsys.readouterr()
         exec(code, namespace)
         assert output in ("", capsys.readouterr().out)

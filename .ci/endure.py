@@ -433,6 +433,28 @@ def test_processes_that_do_not_fit_are_refused(monkeypatch, world, words):
     refuses("RANK is set without WORLD_SIZE", bookkeeping.Processes, "cpu")
 
 
+def test_what_changed_is_named_and_used(tmp_path, monkeypatch, capsys):
+    """A resumed run says which flags and how much data changed, and refuses other classes; moved data is the same."""
+    photos, out = write_images(tmp_path / "photos", "a/0.png", "a/1.png", "b/0.png"), tmp_path / "out"
+    flags = ["--image-size", 16, "--data"]
+    trained(out, *flags, photos, "--steps", 1)
+    photos.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    state, _ = trained(out, *flags, "moved", *"--steps 2 --weight-decay 0.5 --ema 0.9999 0".split())
+    assert same(state["averages"]["0.0"], state["model"])
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    trained(out, *flags, "moved", "--steps", 2, "--lr", 1)
+    printed = capsys.readouterr().out
+    assert "the data:" not in printed
+    assert f"{out} is at step 2 already" in printed
+    shutil.copy("moved/a/0.png", "moved/a/9.png")
+    trained(out, *flags, "moved", "--steps", 3)
+    assert ("changed since step 2: steps 2 -> 3, weight_decay 0.5 -> 0.0, ema [0.9999, 0.0] -> [0.9999], the data: "
+            "3 images -> 4, not all the same") in capsys.readouterr().out
+    Path("moved/b").rename("moved/c")
+    refuses(r"class_names is \['a', 'b'\], here \['a', 'c'\]", trained, out, *flags, "moved", "--steps", 4)
+
+
 @pytest.mark.parametrize("model, flags", [("fcmae_mini", ["--crop", "0.5"]), ("convnextv2_mini", CHANGES)])
 def test_every_objective_resumes_to_the_last_bit(tmp_path, model, flags):
     """With masks, changed images and stochastic depth, 3 + 3 steps are 6; two passes see the same draws as one."""
