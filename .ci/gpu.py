@@ -32,18 +32,18 @@ FAKE = bool(os.environ.get("FAKE_GPU"))
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
-import numpy as np                                                                          # noqa: E402
-import pytest                                                                               # noqa: E402
-import torch                                                                                # noqa: E402
+import numpy as np
+import pytest
+import torch
 
-import bench                                                                                # noqa: E402
-import bookkeeping                                                                          # noqa: E402
-import data                                                                                 # noqa: E402
-import recipes                                                                              # noqa: E402
-import train                                                                                # noqa: E402
-from test_all import DIRECTIONS, SMALL, assert_same_run, command, every_network, log_of     # noqa: E402
-from test_all import relative, shell, tiny, trained                                         # noqa: E402
-from test_all import inception                                                              # noqa: E402, F401 (fixture)
+import bench
+import bookkeeping
+import data
+import recipes
+import train
+from test_all import DIRECTIONS, SMALL, assert_same_run, command, every_network, log_of
+from test_all import relative, shell, tiny, trained
+from test_all import inception      # a fixture
 
 DEVICE = "cpu" if FAKE else "cuda"
 PARTS = {"checks": 120, "recipe": 190, "eager": 110, "sampling": 40, "compiled": 480}       # seconds, at most
