@@ -188,6 +188,17 @@ class Processes:
             dist.all_reduce(highest, dist.ReduceOp.MAX)
         return int(highest)
 
+    def ask(self):
+        """Ask all processes for their signals -> a function that returns the highest, the same on each.
+
+        The answer travels while a step runs. So a signal that comes in a step stops several processes after the next.
+        """
+        if not self.distributed:
+            return lambda: self.signal
+        highest = torch.tensor(self.signal)     # on the CPU, over gloo
+        work = dist.all_reduce(highest, dist.ReduceOp.MAX, async_op=True)
+        return lambda: work.wait() and int(highest)
+
     @contextlib.contextmanager
     def first(self):
         """Let one process of each machine through ahead of the others, to download what all need."""

@@ -151,7 +151,7 @@ class Schedule:
         x_t = alpha * x0 + sigma * noise                                    # (N, C, H, W)
         out = model(x_t, self.model_time(t).to(x0.dtype), y).to(x0.dtype)   # the loss is not taken in bf16
         answer, v = self.split(out, x0)
-        target = {"noise": noise, "data": x0, "velocity": self.velocity(x0, noise, t)}[self.predict]
+        target = noise if self.predict == "noise" else x0 if self.predict == "data" else self.velocity(x0, noise, t)
         loss = (answer - target).square().flatten(1).mean(1)                # (N,)
         if self.compare != self.predict:
             loss = loss * self.weight(t).to(loss)

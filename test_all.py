@@ -411,6 +411,15 @@ def test_weights_start_from_their_distributions(family, arguments, table):
         assert largest > 2 * value if kind == "normal" else bound * (1 - 10 / n) < largest <= bound, name
 
 
+@pytest.mark.parametrize("family, variant", [("uvit", "adaln"), ("dit", None), ("udit", None), ("jit", None)])
+def test_modulation_is_in_the_type_of_the_next_layer(family, variant):
+    """Under autocast, modulation takes bfloat16 from the norm: the backward pass keeps half as much."""
+    (model, batch), original = tiny(family, variant), torch.addcmul
+    with torch.autocast("cpu", torch.bfloat16), mock.patch.object(torch, "addcmul", wraps=original) as spy:
+        model(*batch)
+    assert {x.dtype for call in spy.call_args_list for x in call.args} == {torch.bfloat16}
+
+
 def test_uvit_skips_are_cast_before_they_are_concatenated():
     """Under autocast the concatenation of a later out-block is bfloat16: half of the memory that float32 takes."""
     (model, batch), seen = tiny("uvit", depth=4), []

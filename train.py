@@ -402,11 +402,12 @@ def main(argv=None):
         log, average = bookkeeping.Log(out, config, here, step, skipped), next(iter(learner.averages.values()))
 
         while step < config.steps and not stop:
+            signalled = here.ask()
             loss, grad_norm, bad = learner.step(step, passes(step))
             log.add(loss, bad)
             step += 1
 
-            stop = here.highest(here.signal)        # a signal to one process stops all at the same step
+            stop = signalled()      # a signal to one process stops all at the same step
             saves = step % config.save_every == 0 or step == config.steps or stop
             samples = config.sample_every and (step % config.sample_every == 0 or step == config.steps)
             if step % config.log_every == 0 or saves or samples:

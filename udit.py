@@ -63,8 +63,11 @@ def rotate(x, table):
 
 
 def modulate(x, shift, scale):
-    """Adaptive LayerNorm of x (N, H, W, D): (1 + scale) LayerNorm(x) + shift; shift and scale are (N, 1, 1, D)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    """Adaptive LayerNorm of x (N, H, W, D): (1 + scale) LayerNorm(x) + shift; shift and scale are (N, 1, 1, D).
+
+    Under autocast the norm answers in float32, and rounding it first halves what the backward pass keeps of it.
+    """
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(shift.dtype), 1 + scale)
 
 
 def linear(x, conv):

@@ -92,8 +92,11 @@ class MLP(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """Apply adaLN's shift and scale, (N, 1, D), to a normalised x (N, L, D): (1 + scale) x + shift, in one pass."""
-    return torch.addcmul(shift, x, 1 + scale)
+    """Apply adaLN's shift and scale, (N, 1, D), to a normalised x (N, L, D): (1 + scale) x + shift, in one pass.
+
+    Under autocast the norm answers in float32, and rounding it first halves what the backward pass keeps of it.
+    """
+    return torch.addcmul(shift, x.to(shift.dtype), 1 + scale)
 
 
 class Block(nn.Module):

@@ -142,6 +142,13 @@ def test_run_killed_twenty_times_ends_as_if_nothing_had_been(tmp_path, start):
     assert_same_run(out, tmp_path / "whole", 220)
 
 
+def of_rank(rank, pid):
+    """The process id of this rank of a torchrun (Linux)."""
+    variable = f"RANK={rank}".encode()
+    found, = (pid for pid in below(pid) if variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return found
+
+
 @linux
 def test_run_of_two_processes_survives_the_death_of_one(tmp_path, monkeypatch):
     """torchrun --max-restarts: rank 1, rank 0 and rank 1 again are killed, and the run ends as one left alone."""
@@ -149,10 +156,9 @@ def test_run_of_two_processes_survives_the_death_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")       # else a restart may hang
     finished(*PAIR, *flags, tmp_path / "whole")
     process = begun(*PAIR, "--max-restarts=3", *flags, out)
-    for rank, reached in ((b"RANK=1", 20), (b"RANK=0", 45), (b"RANK=1", 70)):
+    for rank, reached in ((1, 20), (0, 45), (1, 70)):
         wait_for(lambda: steps_logged(out) >= reached, lambda: process.poll() is None)
-        victim, = (pid for pid in below(process.pid) if rank in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-        os.kill(victim, signal.SIGKILL)
+        os.kill(of_rank(rank, process.pid), signal.SIGKILL)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert_same_run(out, tmp_path / "whole", 90)
@@ -226,15 +232,16 @@ def test_two_runs_at_once(run, tmp_path):
         assert (np.load(tmp_path / f"x{attempt}.npz")["arr_0"] == alone[codes.index(0)]).all()
 
 
+@linux
 def test_two_commands_do_not_share_a_folder(tmp_path):
-    """A second torchrun into the same folder ends in one line, while the first goes on, until SIGTERM stops it."""
+    """A second torchrun into the same folder ends in one line; the first goes on until one process gets a signal."""
     flags = [*PAIR, "train.py", *SMALL, "--steps", "100000", "--save-every", "100000", "--out", tmp_path]
     first = begun(*flags)
     wait_for(lambda: steps_logged(tmp_path) > 0, lambda: first.poll() is None)
     second = shell(*flags)
     assert second.returncode == 1
     assert "writes there; wait until it ends" in second.stderr
-    first.terminate()
+    os.kill(of_rank(1, first.pid), signal.SIGTERM)
     assert "stopped by SIGTERM after step" in first.communicate(timeout=60)[1]
     steps = bookkeeping.read_checkpoint(tmp_path / "checkpoint.pt")["step"]
     assert logged(tmp_path, "step") == list(range(1, steps + 1))
@@ -260,6 +267,19 @@ def each_loss(monkeypatch, change):
     """change(number of the call, losses (N,)) takes the place of every loss of schedule "vp"."""
     loss, calls = diffusion.VP.loss, itertools.count(1)
     monkeypatch.setattr(diffusion.VP, "loss", lambda *given: change(next(calls), loss(*given)))
+
+
+def test_signals_are_asked_for_before_a_step(monkeypatch):
+    """Under torchrun the answer travels during a step, so a signal in it counts after the next; alone, at once."""
+    answers = []
+    for distributed in (False, True):
+        for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=0).items():
+            monkeypatch.setenv(name, str(value)) if distributed else monkeypatch.delenv(name, raising=False)
+        here = bookkeeping.Processes("cpu")
+        signalled, here.signal = here.ask(), signal.SIGTERM
+        answers += [signalled(), here.ask()()]
+        here.close()
+    assert answers == [signal.SIGTERM, signal.SIGTERM, 0, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -535,11 +555,18 @@ def test_two_processes_measure_as_one(run, tmp_path, samples):
 
 
 def test_compiled_is_as_written(tmp_path):
-    """--compile, also under torchrun with accumulation, gives the losses without it (1e-4), and its images."""
+    """--compile gives the losses without it (1e-4), and its images. A run never compiles a second graph.
+
+    Also with checkpoints, and under torchrun with one and two processes, with accumulation, or with checkpoints.
+    """
     flags = [*SMALL, "--model-args", "depth=2"]
-    for name, more in (("plain", []), ("one", ["--compile"]), ("two", ["--compile", "--accumulate", "2"])):
-        finished(*(PAIR if name == "two" else []), "train.py", *flags, *more, "--out", tmp_path / name)
+    for name, processes, more in (("plain", [], ""), ("one", [], "--compile --grad-checkpoint 2"),
+                                  ("torchrun", PAIR[:-1], "--compile"), ("two", PAIR, "--compile --accumulate 2"),
+                                  ("checkpoint", PAIR, "--compile --grad-checkpoint 1")):
+        result = finished(*processes, "train.py", *flags, *more.split(), "--out", tmp_path / name,
+                          TORCH_LOGS="recompiles,graph_breaks")
         assert logged(tmp_path / name) == pytest.approx(logged(tmp_path / "plain"), rel=1e-4)
+        assert "Recompiling" not in result.stderr and "Graph break" not in result.stderr
     flags = ["sample.py", "--ckpt", tmp_path / "plain/checkpoint.pt", "--num-images", 7, "--batch-size", 4, "--cfg", 2,
              "--steps", 4, "--device", "cpu", "--out"]          # two batches, the second of them shorter
     finished(*flags, tmp_path / "a.npz")
@@ -564,6 +591,13 @@ def test_network_can_be_compiled_and_exported(family, variant):
                   torch.jit.trace(model, batch, check_trace=False),
                   torch.compile(model, fullgraph=True, backend="eager")):
         assert relative(other(*more), model(*more)) < 1e-5
+
+
+@pytest.mark.parametrize("predict", ["noise", "data"])
+def test_loss_computes_a_velocity_only_where_it_is_predicted(predict):
+    """A velocity that nothing uses would be 28 of the 928 kernels of a training step."""
+    with mock.patch.object(diffusion.VP, "velocity", side_effect=AssertionError):
+        diffusion.VP(predict).loss(lambda x, t, y: x, torch.zeros(2, 3, 4, 4))
 
 
 @pytest.mark.parametrize("checkpoint", [0, 1, 2])

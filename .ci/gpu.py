@@ -50,7 +50,7 @@ PARTS = {"checks": 120, "recipe": 190, "eager": 110, "sampling": 40, "compiled":
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}         # published, of dense bf16 products; operations a second
 SIMULATED = {   # GB of a training step in bf16 with 128 images and checkpoint 0, 1, 2: of tensors without numbers
     "uvit_s2": (9.3, 2.5, 5.8), "uvit_l2": (32.6, 9.8, 20.6), "uvit_h2": (51.5, 15.4, 32.5),
-    "dit_xl2": (64.0, 17.3, 40.2), "udit_b": (42.9, 11.3, 24.8), "jit_b16": (25.5, 5.8, 15.1)}
+    "dit_xl2": (59.3, 17.2, 38.0), "udit_b": (40.1, 10.9, 23.3), "jit_b16": (24.1, 5.7, 14.4)}
 DATA = {"uvit_s2": "cifar10", "jit_b16": "folder"}              # else imagenet256
 TINY = {"uvit_tiny": "shapes", "dit_tiny": "shapes", "jit_tiny": "shapes"}
 RECIPE = ("--model uvit_s2 --batch-size 128 --lr 2e-4 --warmup 2500 --weight-decay 0.03 --betas 0.99 0.999 --sampler "
