@@ -557,11 +557,11 @@ def test_two_processes_measure_as_one(run, tmp_path, samples):
 def test_compiled_is_as_written(tmp_path):
     """--compile gives the losses without it (1e-4), and its images. A run never compiles a second graph.
 
-    Also with checkpoints, and under torchrun with one and two processes, with accumulation, or with checkpoints.
+    Also with checkpoints, and under torchrun with accumulation, or with checkpoints.
     """
     flags = [*SMALL, "--model-args", "depth=2"]
     for name, processes, more in (("plain", [], ""), ("one", [], "--compile --grad-checkpoint 2"),
-                                  ("torchrun", PAIR[:-1], "--compile"), ("two", PAIR, "--compile --accumulate 2"),
+                                  ("two", PAIR, "--compile --accumulate 2"),
                                   ("checkpoint", PAIR, "--compile --grad-checkpoint 1")):
         result = finished(*processes, "train.py", *flags, *more.split(), "--out", tmp_path / name,
                           TORCH_LOGS="recompiles,graph_breaks")
