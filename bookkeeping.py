@@ -441,7 +441,7 @@ def draw_page(out):
     """index.html of a run's folder: its curves, its grids and its configuration, for any browser, without a server."""
     figures = [f'<figure><a href="samples/{grid.name}"><img src="samples/{grid.name}" alt="grid"></a>'
                f'<figcaption>step {int(grid.stem)}</figcaption></figure>'
-               for grid in sorted(out.glob("samples/[0-9]*.png"), reverse=True)]
+               for grid in sorted(out.glob("samples/*.png"), reverse=True) if grid.stem.isdecimal()]    # else: a user's
     config = json.loads((out / "config.json").read_text())
     rows = [f"<tr><td>{key}</td><td>{html.escape(str(value))}</td></tr>" for key, value in config.items()]
     with writing(out / "index.html"):

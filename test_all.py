@@ -1,6 +1,6 @@
 """Every test: what the files of this project compute, and what they refuse.
 
-    python -m pytest test_all.py        # under a minute on two idle CPU cores
+    python -m pytest test_all.py        # one to two minutes on two idle CPU cores
 
 Each test says in one line which property it holds. "As released" means: as the released code of the papers computed
 it, from weights and inputs that are functions of names and seeds (`fill`, `inputs`), so that a few numbers carried over
@@ -1165,7 +1165,7 @@ def test_log_becomes_a_picture_and_a_run_a_page(run, tmp_path):
     for panel, first, last in [(blue[:, :420], 30, 180), (blue[:, 420:], 161, 30)]:     # accuracy begins at 1 of 8
         heights = [column.nonzero()[0].mean() for column in panel.T if column.any()]
         assert len(heights) > 300 and heights == pytest.approx(list(np.linspace(first, last, len(heights))), abs=2)
-    write_images(tmp_path / "samples", "0000002.png", "0000010.png")
+    write_images(tmp_path / "samples", "0000002.png", "0000010.png", "2-best.png")
     (tmp_path / "config.json").write_text(json.dumps({"data": "<b>"}))
     bookkeeping.draw_page(tmp_path)
     page = (tmp_path / "index.html").read_text()

@@ -1,7 +1,7 @@
 """The long proofs: kills, restarts, damaged files, two processes as one, compiled steps, running on and on, learning.
 And what needs more than README's packages: encoding, other layouts of weights; a server; a GPU without numbers.
 
-    python -m pytest .ci/endure.py                  # about seven minutes on two idle CPU cores
+    python -m pytest .ci/endure.py                  # seven to twenty minutes on two CPU cores
     LONG=1 python -m pytest .ci/endure.py           # about two hours: ten times the soak, and every family learns
 """
 import contextlib
