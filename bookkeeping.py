@@ -131,6 +131,10 @@ def command(script, main, interrupted):
         sys.exit(1)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"{script}: {one_line(error, None) or 'out of memory'}")
+    except RuntimeError as error:
+        if "closed by peer" not in str(error):      # gloo's word for it
+            raise
+        sys.exit(f"{script}: process {os.environ.get('RANK')} ends, since another has ended")
     except KeyboardInterrupt:
         sys.exit(f"{script}: {interrupted}")
     finally:

@@ -20,6 +20,7 @@ processes; but dropout and stochastic depth are drawn, and images are mixed, wit
 import argparse
 import contextlib
 import copy
+import inspect
 import json
 import math
 import os
@@ -237,7 +238,9 @@ class Learner:
             model.compile()
         self.network = model
         if here.distributed:    # static_graph saves bookkeeping, but fails (torch 2.15) if the first pass has no sync
-            self.network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,
+            renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters       # torch 2.14
+            constant = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}      # as all our buffers are
+            self.network = DistributedDataParallel(model, gradient_as_bucket_view=True, **constant,
                                                    static_graph=config.accumulate == 1)
 
     def step(self, step, passes):

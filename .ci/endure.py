@@ -234,13 +234,14 @@ def test_two_runs_at_once(run, tmp_path):
 
 @linux
 def test_two_commands_do_not_share_a_folder(tmp_path):
-    """A second torchrun into the same folder ends in one line; the first goes on until one process gets a signal."""
+    """A second torchrun into the same folder ends in a line from each process; the first goes on until a signal."""
     flags = [*PAIR, "train.py", *SMALL, "--steps", "100000", "--save-every", "100000", "--out", tmp_path]
     first = begun(*flags)
     wait_for(lambda: steps_logged(tmp_path) > 0, lambda: first.poll() is None)
     second = shell(*flags)
     assert second.returncode == 1
     assert "writes there; wait until it ends" in second.stderr
+    assert "[rank" not in second.stderr, second.stderr      # a process's stack trace
     os.kill(of_rank(1, first.pid), signal.SIGTERM)
     assert "stopped by SIGTERM after step" in first.communicate(timeout=60)[1]
     steps = bookkeeping.read_checkpoint(tmp_path / "checkpoint.pt")["step"]
