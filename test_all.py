@@ -1760,7 +1760,10 @@ def test_examples_run(story, run, tmp_path, monkeypatch, capsys):
     few.__iter__.return_value = [(Image.new("RGB", (32, 32)), label) for label in range(10)]
     monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda *arguments, **options: few)
     Path("pictures").mkdir()
-    namespace = {}
+    distances = mock.mock_open(read_data="Frechet distance on features.py:Features 950.7")      # of the page's loops
+    namespace = {"open": distances} if "runs/ladder" in story[0][1] else {}
+    if "runs/predict" in story[0][1]:
+        monkeypatch.setattr(np, "load", lambda file: {"arr_0": np.zeros((6, 16, 16, 3), np.uint8)})
     for _, code, output in story:
         for folder in re.findall(r"runs/[\w/-]+?(?=/\w+\.|\")", code):
             Path(folder).parent.mkdir(parents=True, exist_ok=True)
