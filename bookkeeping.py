@@ -132,7 +132,7 @@ def command(script, main, interrupted):
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"{script}: {one_line(error, None) or 'out of memory'}")
     except RuntimeError as error:
-        if "closed by peer" not in str(error):      # gloo's word for it
+        if "by peer" not in str(error):     # gloo: connection closed, or reset, by peer
             raise
         sys.exit(f"{script}: process {os.environ.get('RANK')} ends, since another has ended")
     except KeyboardInterrupt:
