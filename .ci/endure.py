@@ -1152,7 +1152,7 @@ def test_soak(tmp_path, capsys):
 
     with ThreadPoolExecutor() as pool:
         runs = [pool.submit(training, "old", number)]
-        wait_for(lambda: steps_logged(tmp_path / "old") >= 600, runs[0].running, seconds=3600)
+        wait_for(lambda: steps_logged(tmp_path / "old") >= 600, lambda: not runs[0].done(), seconds=3600)
         runs.append(pool.submit(training, "new", 4 * number // 10))
         old, new = (run.result() for run in runs)
     sampling = watched(lambda: len(os.listdir(images)) if images.exists() else 0, "sample.py", "--ckpt",
